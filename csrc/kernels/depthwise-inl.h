@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// The depthwise stage of one tile, written straight into the layout that the pointwise product reads (layout-inl.h):
+// pixels as row blocks in channels_last, pixels as column panels in NCHW.
+//
+// Borders: a tap row outside the map is left out, a tap column outside the map loads zeros; nothing is copied for padding.
+#pragma once
+
+#include "activation-inl.h"
+#include "layout-inl.h"
+#include "separable.h"
+
+namespace fusedsep {
+namespace {
+
+// ---------------------------------------------------------------------------------------------------- channels_last
+
+// Up to kTileRows neighbouring output pixels of one output row, one vector of channels.
+template <typename T>
+struct Segment {
+  const T* row[3];     // x at the segment's first tap column, channel 0, for the three tap rows; null: outside the map
+  int64_t first_column;  // input column of the first tap; may be negative
+  int64_t width;         // input columns
+  int64_t pixel_stride;  // elements between input columns: in_channels
+  int64_t stride, dilation;
+  Activation activation;
+};
+
+enum class Taps {
+  kUnit,     // stride 1, dilation 1, all columns inside: each column is loaded once for its three taps
+  kInside,   // any stride and dilation, all columns inside
+  kChecked,  // any; columns outside the map count as zero; the last channels load through a mask
+};
+
+// h[0..M][kLanes] of `segment` at channel offset `channel`; `weights` is a bias and nine taps, a vector each.
+//
+// Registers, kUnit: M accumulators + M + 2 columns + 1 weight: 15 of 16 (AVX2), 31 of 32 (AVX-512). For each tap row
+// M + 2 + 3 loads feed 3 M FMAs.
+template <class V, int M, Taps kTaps>
+__attribute__((noinline)) void depthwise_segment(const Segment<typename V::T>& segment, int64_t channel,
+                                                 typename V::Mask mask, const typename V::T* weights,
+                                                 typename V::T* out) {
+  using T = typename V::T;
+  constexpr int L = V::kLanes;
+  const int64_t step = segment.pixel_stride;
+  V sum[M];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) sum[m] = V::load(weights);
+  for (int u = 0; u < 3; ++u) {
+    weights += u == 0 ? L : 3 * L;
+    if (segment.row[u] == nullptr) continue;
+    const T* x = segment.row[u] + channel;
+    if constexpr (kTaps == Taps::kUnit) {
+      V column[M + 2];
+#pragma GCC unroll 16
+      for (int m = 0; m < M + 2; ++m) column[m] = V::load(x + m * step);
+#pragma GCC unroll 3
+      for (int v = 0; v < 3; ++v) {
+        const V weight = V::load(weights + v * L);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) sum[m] = V::fma(column[m + v], weight, sum[m]);
+      }
+    } else {
+#pragma GCC unroll 3
+      for (int v = 0; v < 3; ++v) {
+        const V weight = V::load(weights + v * L);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+          const int64_t offset = m * segment.stride + v * segment.dilation;
+          V value = V::zero();
+          if constexpr (kTaps == Taps::kInside) {
+            value = V::load(x + offset * step);
+          } else if (uint64_t(segment.first_column + offset) < uint64_t(segment.width)) {
+            value = V::load(x + offset * step, mask);
+          }
+          sum[m] = V::fma(value, weight, sum[m]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) activate(segment.activation, sum[m]).store(out + m * L);
+}
+
+template <class V>
+struct SegmentKernels {
+  using T = typename V::T;
+  using Function = void (*)(const Segment<T>&, int64_t, typename V::Mask, const T*, T*);
+  static constexpr int kRows = Tiling<V>::kTileRows;
+
+  // table[taps][pixels - 1]
+  Function table[3][kRows];
+
+  constexpr SegmentKernels() : table{} { fill<kRows>(); }
+
+  template <int M>
+  constexpr void fill() {
+    table[int(Taps::kUnit)][M - 1] = depthwise_segment<V, M, Taps::kUnit>;
+    table[int(Taps::kInside)][M - 1] = depthwise_segment<V, M, Taps::kInside>;
+    table[int(Taps::kChecked)][M - 1] = depthwise_segment<V, M, Taps::kChecked>;
+    if constexpr (M > 1) fill<M - 1>();
+  }
+};
+
+// Channels of this many bytes are finished over the whole tile before the next ones: whole cache lines of x, few enough
+// that the input rows of a line group stay in L1 until the output row below needs them.
+constexpr int64_t kChannelGroupBytes = 64;
+
+template <class V>
+void depthwise_channels_last(const SeparableParams<typename V::T>& p, const Tile& tile, int64_t channel_begin,
+                             int64_t channel_end, typename V::T* scratch) {
+  using T = typename V::T;
+  constexpr int L = V::kLanes;
+  constexpr int64_t kGroup = max_of(1, kChannelGroupBytes / int64_t(sizeof(T)) / L) * L;
+  static constexpr SegmentKernels<V> kKernels;
+
+  const int64_t channels = p.in_channels, padded = round_up(channels, L);
+  const int64_t pixels = tile.end - tile.begin, blocks = block_count(pixels, Tiling<V>::kTileRows);
+  const T* image = p.x + tile.image * p.height * p.width * channels;
+  const T* weights = p.packed + PackedLayout<V>(channels, p.out_channels, true).depthwise;
+  const auto all = V::mask(0, L), tail = V::mask(0, channels % L);
+
+  for (int64_t group = channel_begin; group < channel_end; group += kGroup) {
+    const int64_t group_end = min_of(group + kGroup, channel_end);
+    int64_t i = tile.begin / p.out_width, j = tile.begin % p.out_width;  // output row and column
+    for (int64_t b = 0; b < blocks; ++b) {
+      const Block block = block_at(pixels, blocks, b);
+      for (int64_t done = 0; done < block.size;) {
+        const int64_t count = min_of(block.size - done, p.out_width - j);
+        Segment<T> segment;
+        segment.first_column = j * p.stride - p.pad_left;
+        segment.width = p.width;
+        segment.pixel_stride = channels;
+        segment.stride = p.stride;
+        segment.dilation = p.dilation;
+        segment.activation = p.activation;
+        for (int u = 0; u < 3; ++u) {
+          const int64_t row = i * p.stride - p.pad_top + u * p.dilation;
+          const bool inside = row >= 0 && row < p.height;
+          segment.row[u] = inside ? image + (row * p.width + segment.first_column) * channels : nullptr;
+        }
+        const int64_t last_column = segment.first_column + (count - 1) * p.stride + 2 * p.dilation;
+        const bool columns_inside = segment.first_column >= 0 && last_column < p.width;
+        const Taps taps = !columns_inside                          ? Taps::kChecked
+                          : p.stride == 1 && p.dilation == 1 ? Taps::kUnit
+                                                             : Taps::kInside;
+        T* out = scratch + block.begin * padded + done * L;
+        for (int64_t c = group; c < group_end; c += L) {
+          const bool whole = c + L <= channels;
+          kKernels.table[int(whole ? taps : Taps::kChecked)][count - 1](segment, c, whole ? all : tail, weights + 10 * c,
+                                                                        out + c * block.size);
+        }
+        done += count;
+        j += count;
+        if (j == p.out_width) j = 0, ++i;
+      }
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------- NCHW
+
+// Output columns [begin, end) of one output row and channel into `out`, which may be written up to a vector too far.
+// Lanes hold neighbouring output columns.
+template <class V, int kStride>
+FUSEDSEP_INLINE void depthwise_row(const typename V::T* const row[3], int64_t width, int64_t pad_left, int64_t dilation,
+                                   const V& bias, const V weight[9], Activation activation, int64_t begin, int64_t end,
+                                   typename V::T* out) {
+  constexpr int L = V::kLanes;
+  // Columns that the lanes of one vector span beyond the first.
+  constexpr int64_t kSpan = (L - 1) * kStride;
+  for (int64_t j = begin; j < end; j += L) {
+    const int64_t first = j * kStride - pad_left;
+    const bool inside = first >= 0 && first + kSpan + 2 * dilation < width;
+    V sum = bias;
+#pragma GCC unroll 3
+    for (int u = 0; u < 3; ++u) {
+      if (row[u] == nullptr) continue;
+#pragma GCC unroll 3
+      for (int v = 0; v < 3; ++v) {
+        const int64_t column = first + v * dilation;
+        const typename V::T* x = row[u] + column;
+        V value;
+        if constexpr (kStride == 1) {
+          value = inside ? V::load(x) : V::load(x, V::mask(-column, width - column));
+        } else {
+          value = inside ? V::load_even(x) : V::load_even(x, -column, width - column);
+        }
+        sum = V::fma(value, weight[3 * u + v], sum);
+      }
+    }
+    activate(activation, sum).store(out + (j - begin));
+  }
+}
+
+template <class V>
+void depthwise_nchw(const SeparableParams<typename V::T>& p, const Tile& tile, int64_t channel_begin,
+                    int64_t channel_end, typename V::T* scratch) {
+  using T = typename V::T;
+  constexpr int L = V::kLanes;
+  const int64_t pixels = tile.end - tile.begin, padded = round_up(pixels, L);
+  const int64_t first_row = tile.begin / p.out_width, last_row = (tile.end - 1) / p.out_width;
+  const T* weights = p.packed + PackedLayout<V>(p.in_channels, p.out_channels, false).depthwise;
+  alignas(64) T line[kMaxTilePixels + L];  // h of one channel, in order of pixels; rows may end a vector too far
+
+  for (int64_t c = channel_begin; c < channel_end; ++c) {
+    const T* map = p.x + (tile.image * p.in_channels + c) * p.height * p.width;
+    const V bias = V::broadcast(weights[10 * c]);
+    V weight[9];
+    for (int t = 0; t < 9; ++t) weight[t] = V::broadcast(weights[10 * c + 1 + t]);
+
+    T* out = line;
+    for (int64_t i = first_row; i <= last_row; ++i) {
+      const T* row[3];
+      for (int u = 0; u < 3; ++u) {
+        const int64_t r = i * p.stride - p.pad_top + u * p.dilation;
+        row[u] = r >= 0 && r < p.height ? map + r * p.width : nullptr;
+      }
+      const int64_t begin = i == first_row ? tile.begin - i * p.out_width : 0;
+      const int64_t end = i == last_row ? tile.end - i * p.out_width : p.out_width;
+      if (p.stride == 1) {
+        depthwise_row<V, 1>(row, p.width, p.pad_left, p.dilation, bias, weight, p.activation, begin, end, out);
+      } else {
+        depthwise_row<V, 2>(row, p.width, p.pad_left, p.dilation, bias, weight, p.activation, begin, end, out);
+      }
+      out += end - begin;
+    }
+    V::zero().store(out);  // lanes behind the last pixel are multiplied too, though never stored in y
+
+    for (int64_t q = 0; q < padded; q += Tiling<V>::kTileColumns) {
+      const int64_t panel_width = min_of(Tiling<V>::kTileColumns, padded - q);
+      T* panel = scratch + q * p.in_channels + c * panel_width;
+      for (int64_t v = 0; v < panel_width; v += L) V::load(line + q + v).store(panel + v);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fusedsep

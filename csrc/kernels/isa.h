@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// Which kernels were compiled, which of them this processor can run, and which are in use.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "separable.h"
+
+// The one list of ISAs, worst first: X(name, processor can run it, chosen by default).
+#if defined(__x86_64__)
+#define FUSEDSEP_ISAS(X)                                                                \
+  X(portable, true, true)                                                               \
+  X(portable16, true, false)                                                            \
+  X(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), true)        \
+  X(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx2"), true)
+#else
+#define FUSEDSEP_ISAS(X)    \
+  X(portable, true, true)   \
+  X(portable16, true, false)
+#endif
+
+namespace fusedsep {
+
+#define FUSEDSEP_DECLARE(name, supported, choosable) const Isa& name##_isa();
+FUSEDSEP_ISAS(FUSEDSEP_DECLARE)
+#undef FUSEDSEP_DECLARE
+
+// Names, worst first. `portable16` is compiled and supported everywhere but never chosen by default.
+std::vector<std::string> compiled_isas();
+std::vector<std::string> supported_isas();
+
+// The kernels in use: the best supported ones, or what FUSEDSEP_ISA names, decided at the first call.
+// Throws std::invalid_argument when FUSEDSEP_ISA names none of `supported_isas()`.
+const Isa& active_isa();
+
+// Throws std::invalid_argument when `name` is none of `supported_isas()`.
+const Isa& find_isa(const std::string& name);
+void use_isa(const std::string& name);
+
+}  // namespace fusedsep

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// How one call is cut into tiles of output pixels and spread over threads.
+#pragma once
+
+#include <cstdint>
+
+namespace fusedsep {
+
+struct PlanRequest {
+  int64_t batch, in_channels, out_channels, out_pixels;
+  int64_t element_size;
+  int64_t lanes, tile_rows, tile_columns;
+  bool channels_last;
+  int64_t threads;
+};
+
+struct Plan {
+  int64_t tiles_per_image;
+  // false: threads take whole tiles (all channels). true: tiles one after the other, threads share the channels of each.
+  bool share_tiles;
+};
+
+// The plan of least estimated time. Results do not depend on it.
+//
+// A core is taken to do 2 * lanes multiply-adds a cycle and to read packed weights, which it cannot keep in its own
+// caches, at 16 bytes a cycle; the slower of the two bounds a tile. Meeting at a barrier costs 4000 cycles.
+Plan make_plan(const PlanRequest& request);
+
+}  // namespace fusedsep

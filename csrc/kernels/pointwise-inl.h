@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// The pointwise product over one tile: C = act(bias + R Q), operands as layout-inl.h stores them.
+#pragma once
+
+#include "activation-inl.h"
+#include "layout-inl.h"
+#include "separable.h"
+
+namespace fusedsep {
+namespace {
+
+// What one call of the microkernel does besides multiplying.
+template <typename T>
+struct Epilogue {
+  const T* bias;           // of the tile's first row or column; null: continue from what C holds
+  bool last;               // apply the activation
+  Activation activation;
+};
+
+// C[0..M, 0..columns) (+)= R[0..M, 0..depth) Q[0..depth, 0..NV * kLanes)
+//
+// Registers: M x NV accumulators + NV columns + 1 broadcast. For each k: NV + M loads and M x NV FMAs, so that full
+// tiles are bound by the FMAs. Column tails store through a mask; row tails are instantiations with a smaller M.
+template <class V, int M, int NV, bool kBiasPerRow>
+__attribute__((noinline)) void microkernel(int64_t depth, const typename V::T* rows, const typename V::T* columns,
+                                           typename V::T* c, int64_t c_stride, int64_t column_count,
+                                           const Epilogue<typename V::T>& epilogue) {
+  constexpr int L = V::kLanes;
+  const bool whole = column_count == NV * L;
+  const auto mask = V::mask(0, column_count - (NV - 1) * L);  // of the last vector
+  V sum[M][NV];
+  if (epilogue.bias != nullptr) {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+      for (int n = 0; n < NV; ++n) {
+        sum[m][n] = kBiasPerRow ? V::broadcast(epilogue.bias[m]) : V::load(epilogue.bias + n * L);
+      }
+    }
+  } else {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+      for (int n = 0; n < NV; ++n) {
+        const typename V::T* p = c + m * c_stride + n * L;
+        sum[m][n] = whole || n + 1 < NV ? V::load(p) : V::load(p, mask);
+      }
+    }
+  }
+
+  while (depth > 0) {
+    const int64_t steps = min_of(depth, L);
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < steps; ++k) {
+      V column[NV];
+#pragma GCC unroll 4
+      for (int n = 0; n < NV; ++n) column[n] = V::load(columns + n * L);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const V row = V::broadcast(rows[m * L]);
+#pragma GCC unroll 4
+        for (int n = 0; n < NV; ++n) sum[m][n] = V::fma(row, column[n], sum[m][n]);
+      }
+      rows += 1;
+      columns += NV * L;
+    }
+    rows += (M - 1) * L;
+    depth -= L;
+  }
+
+  if (epilogue.last) {
+    switch (epilogue.activation) {
+#define FUSEDSEP_ACTIVATE(name)                                                      \
+  case Activation::name:                                                             \
+    _Pragma("GCC unroll 16") for (int m = 0; m < M; ++m) {                           \
+      _Pragma("GCC unroll 4") for (int n = 0; n < NV; ++n) {                         \
+        sum[m][n] = activate(Activation::name, sum[m][n]);                           \
+      }                                                                              \
+    }                                                                                \
+    break;
+      FUSEDSEP_ACTIVATE(kRelu)
+      FUSEDSEP_ACTIVATE(kRelu6)
+      FUSEDSEP_ACTIVATE(kHardswish)
+#undef FUSEDSEP_ACTIVATE
+      case Activation::kNone:
+        break;
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) {
+      typename V::T* p = c + m * c_stride + n * L;
+      if (whole || n + 1 < NV) {
+        sum[m][n].store(p);
+      } else {
+        sum[m][n].store(p, mask);
+      }
+    }
+  }
+}
+
+template <class V, bool kBiasPerRow>
+struct Microkernels {
+  using T = typename V::T;
+  using Function = void (*)(int64_t, const T*, const T*, T*, int64_t, int64_t, const Epilogue<T>&);
+  static constexpr int kRows = Tiling<V>::kTileRows, kVectors = Tiling<V>::kTileVectors;
+
+  // table[vectors - 1][rows - 1]
+  Function table[kVectors][kRows];
+
+  constexpr Microkernels() : table{} { fill<kRows, kVectors>(); }
+
+  template <int M, int NV>
+  constexpr void fill() {
+    table[NV - 1][M - 1] = microkernel<V, M, NV, kBiasPerRow>;
+    if constexpr (M > 1) {
+      fill<M - 1, NV>();
+    } else if constexpr (NV > 1) {
+      fill<kRows, NV - 1>();
+    }
+  }
+};
+
+// One product: rows in blocks [block_begin, block_end) of `rows`, columns [column_begin, column_end) of `columns`.
+// column_begin is a multiple of kTileColumns, and so is column_end unless it is the last column.
+template <typename T>
+struct Product {
+  const T* rows;      // origin of all row blocks
+  int64_t row_count;  // that the blocks balance
+  int64_t block_begin, block_end;
+  const T* columns;   // origin of all column panels
+  int64_t column_begin, column_end;
+  int64_t depth;      // input channels
+  T* c;               // element [0, 0]
+  int64_t c_stride;
+  const T* bias;      // of row 0 or column 0
+  Activation activation;
+};
+
+// Loops, outermost first: depth (a column panel fits L1), row blocks (they fit L2), column panels, row blocks within.
+template <class V, bool kBiasPerRow>
+void multiply(const Product<typename V::T>& product) {
+  using T = typename V::T;
+  using Tile = Tiling<V>;
+  static constexpr Microkernels<V, kBiasPerRow> kMicrokernels;
+
+  const int64_t padded_depth = round_up(product.depth, V::kLanes);
+  const int64_t depth_step = round_up(ceil_div(product.depth, ceil_div(product.depth, Tile::kDepth)), V::kLanes);
+  const int64_t blocks = block_count(product.row_count, Tile::kTileRows);
+  const int64_t blocks_in_l2 =
+      max_of(1, Tile::kRowsBytes / (depth_step * int64_t(sizeof(T)) * int64_t(Tile::kTileRows)));
+
+  for (int64_t k = 0; k < product.depth; k += depth_step) {
+    const int64_t depth = min_of(depth_step, product.depth - k);
+    Epilogue<T> epilogue{nullptr, k + depth == product.depth, product.activation};
+    for (int64_t group = product.block_begin; group < product.block_end; group += blocks_in_l2) {
+      const int64_t group_end = min_of(group + blocks_in_l2, product.block_end);
+      for (int64_t q = product.column_begin; q < product.column_end; q += Tile::kTileColumns) {
+        const int64_t column_count = min_of(Tile::kTileColumns, product.column_end - q);
+        const int64_t vectors = ceil_div(column_count, V::kLanes);
+        const T* panel = product.columns + q * product.depth + k * vectors * V::kLanes;
+        for (int64_t b = group; b < group_end; ++b) {
+          const Block block = block_at(product.row_count, blocks, b);
+          if (k == 0) epilogue.bias = product.bias + (kBiasPerRow ? block.begin : q);
+          kMicrokernels.table[vectors - 1][block.size - 1](
+              depth, product.rows + block.begin * padded_depth + k * block.size, panel,
+              product.c + block.begin * product.c_stride + q, product.c_stride, column_count, epilogue);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fusedsep

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// The kernels of separable.h over one vector type. An ISA's source file includes its vec_*.h and this, and fills a table.
+#pragma once
+
+#include "depthwise-inl.h"
+#include "pack-inl.h"
+#include "pointwise-inl.h"
+#include "separable.h"
+
+namespace fusedsep {
+namespace {
+
+template <class V>
+int64_t packed_size(int64_t in_channels, int64_t out_channels, bool channels_last) {
+  return PackedLayout<V>(in_channels, out_channels, channels_last).size;
+}
+
+template <class V>
+int64_t scratch_size(int64_t in_channels, int64_t pixels, bool channels_last) {
+  return channels_last ? pixels * round_up(in_channels, V::kLanes) : round_up(pixels, V::kLanes) * in_channels;
+}
+
+template <class V>
+void depthwise(const SeparableParams<typename V::T>& params, const Tile& tile, int64_t channel_begin,
+               int64_t channel_end, typename V::T* scratch) {
+  if (params.channels_last) {
+    depthwise_channels_last<V>(params, tile, channel_begin, channel_end, scratch);
+  } else {
+    depthwise_nchw<V>(params, tile, channel_begin, channel_end, scratch);
+  }
+}
+
+template <class V>
+int64_t panel_count(int64_t out_channels, bool channels_last) {
+  return channels_last ? ceil_div(out_channels, Tiling<V>::kTileColumns)
+                       : block_count(out_channels, Tiling<V>::kTileRows);
+}
+
+template <class V>
+void pointwise(const SeparableParams<typename V::T>& params, const Tile& tile, int64_t panel_begin, int64_t panel_end,
+               const typename V::T* scratch) {
+  using T = typename V::T;
+  const int64_t pixels = tile.end - tile.begin, out_pixels = params.out_height * params.out_width;
+  const PackedLayout<V> layout(params.in_channels, params.out_channels, params.channels_last);
+  const T* weights = params.packed + layout.pointwise;
+  T* image = params.y + tile.image * out_pixels * params.out_channels;
+
+  Product<T> product;
+  product.depth = params.in_channels;
+  product.bias = params.packed + layout.pointwise_bias;
+  product.activation = params.pointwise_activation;
+  if (params.channels_last) {
+    product.rows = scratch;
+    product.row_count = pixels;
+    product.block_begin = 0;
+    product.block_end = block_count(pixels, Tiling<V>::kTileRows);
+    product.columns = weights;
+    product.column_begin = panel_begin * Tiling<V>::kTileColumns;
+    product.column_end = min_of(panel_end * Tiling<V>::kTileColumns, params.out_channels);
+    product.c = image + tile.begin * params.out_channels;
+    product.c_stride = params.out_channels;
+    multiply<V, false>(product);
+  } else {
+    product.rows = weights;
+    product.row_count = params.out_channels;
+    product.block_begin = panel_begin;
+    product.block_end = panel_end;
+    product.columns = scratch;
+    product.column_begin = 0;
+    product.column_end = pixels;
+    product.c = image + tile.begin;
+    product.c_stride = out_pixels;
+    multiply<V, true>(product);
+  }
+}
+
+template <class V>
+SeparableKernels<typename V::T> separable_kernels() {
+  return {V::kLanes,   Tiling<V>::kTileRows, Tiling<V>::kTileColumns, packed_size<V>, pack<V>, scratch_size<V>,
+          depthwise<V>, panel_count<V>,       pointwise<V>};
+}
+
+}  // namespace
+}  // namespace fusedsep

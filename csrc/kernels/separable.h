@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// Depthwise 3x3 convolution, activation, pointwise 1x1 convolution, activation: the contract of the kernels.
+//
+//   h[n,c,i,j] = act1( b1[c] + sum over u,v in 0..2 of  w1[c,u,v] * x[n, c, i*S + u*D - pad_top, j*S + v*D - pad_left] )
+//   y[n,o,i,j] = act2( b2[o] + sum over c of            w2[o,c]   * h[n,c,i,j] )
+//
+// with S = stride, D = dilation, x = 0 outside the map. BatchNorm with fixed statistics is folded into w1, b1, w2, b2
+// when they are packed. `h` exists only as a tile of output pixels in `scratch`.
+//
+// Layouts   Maps are dense, in one of two memory formats: channels_last [n][i][j][c] or NCHW [n][c][i][j]. Inside a
+//           tile, output pixels are numbered p = i * out_width + j. All sizes and offsets count elements, not bytes.
+// Aliasing  x, the packed weights and scratch must not overlap y.
+// Order     Every output element is one chain of (fused) multiply-adds: h over u, then v, starting from b1; y over c,
+//           starting from b2. Neither the tile nor the split over threads changes it, so results are bit-identical
+//           for every thread count and batch.
+// Memory    Kernels neither allocate nor start threads. The caller passes scratch of `scratch_size()` elements, 64-byte
+//           aligned, one for each tile that is worked on at a time.
+// Threads   `depthwise` may run concurrently on disjoint channel ranges of one scratch, `pointwise` on disjoint ranges of
+//           output panels of one scratch, and both on different scratches without restriction.
+// Reads     Nothing outside x, the packed weights and scratch is read, not even by vector tails.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fusedsep {
+
+enum class Activation : int32_t { kNone = 0, kRelu = 1, kRelu6 = 2, kHardswish = 3 };
+constexpr int kActivationCount = 4;
+
+// One call: a batch of maps through one depthwise-separable convolution.
+template <typename T>
+struct SeparableParams {
+  const T* x;            // batch maps of in_channels x height x width
+  T* y;                  // batch maps of out_channels x out_height x out_width
+  const T* packed;       // what `pack` wrote for the same ISA, channels and memory format
+  int64_t batch;
+  int64_t in_channels, height, width;
+  int64_t out_channels, out_height, out_width;
+  int64_t stride;        // 1 or 2
+  int64_t dilation;      // at least 1
+  int64_t pad_top, pad_left;
+  bool channels_last;
+  Activation activation, pointwise_activation;
+};
+
+// Output pixels [begin, end) of one image; at least one and at most kMaxTilePixels.
+constexpr int64_t kMaxTilePixels = 2048;
+struct Tile {
+  int64_t image;
+  int64_t begin, end;
+};
+
+// Raw weights to pack. A null scale means 1, a null bias means 0.
+template <typename T>
+struct PackParams {
+  const T* depthwise_weight;      // [in_channels][3][3]
+  const double* depthwise_scale;  // [in_channels]
+  const double* depthwise_bias;   // [in_channels]
+  const T* pointwise_weight;      // [out_channels][in_channels]
+  const double* pointwise_scale;  // [out_channels]
+  const double* pointwise_bias;   // [out_channels]
+  int64_t in_channels, out_channels;
+  bool channels_last;
+};
+
+// The kernels of one ISA for one element type.
+template <typename T>
+struct SeparableKernels {
+  // Register tile of the pointwise product: `tile_rows` broadcast operands x `tile_columns` vector lanes.
+  int64_t lanes, tile_rows, tile_columns;
+
+  // Elements of the packed weights. Product of positive sizes; the caller has checked that it does not overflow.
+  int64_t (*packed_size)(int64_t in_channels, int64_t out_channels, bool channels_last);
+  void (*pack)(const PackParams<T>& params, T* packed);
+
+  // Elements of scratch for a tile of `pixels`.
+  int64_t (*scratch_size)(int64_t in_channels, int64_t pixels, bool channels_last);
+
+  // Channels [channel_begin, channel_end) of h over the tile; channel_begin is a multiple of `lanes`, and so is
+  // channel_end unless it is in_channels.
+  void (*depthwise)(const SeparableParams<T>& params, const Tile& tile, int64_t channel_begin, int64_t channel_end,
+                    T* scratch);
+
+  // Output channels are worked on in panels: `tile_columns` channels in channels_last, a balanced block of at most
+  // `tile_rows` in NCHW. Computes panels [panel_begin, panel_end) over the tile.
+  int64_t (*panel_count)(int64_t out_channels, bool channels_last);
+  void (*pointwise)(const SeparableParams<T>& params, const Tile& tile, int64_t panel_begin, int64_t panel_end,
+                    const T* scratch);
+};
+
+// The kernels of one ISA.
+struct Isa {
+  const char* name;
+  SeparableKernels<float> f32;
+  SeparableKernels<double> f64;
+
+  template <typename T>
+  const SeparableKernels<T>& separable() const;
+};
+
+template <>
+inline const SeparableKernels<float>& Isa::separable<float>() const {
+  return f32;
+}
+template <>
+inline const SeparableKernels<double>& Isa::separable<double>() const {
+  return f64;
+}
+
+}  // namespace fusedsep

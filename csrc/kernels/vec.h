@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// What every vec_*.h and *-inl.h needs. Everything they define has internal linkage: each ISA's source file compiles its
+// own copy with its own flags, and the linker must never pick one file's copy for another.
+#pragma once
+
+#include <cstdint>
+
+#define FUSEDSEP_INLINE inline __attribute__((always_inline))
+
+namespace fusedsep {
+namespace {
+
+constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max_of(int64_t a, int64_t b) { return a < b ? b : a; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+}  // namespace
+}  // namespace fusedsep

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// Eight floats or four doubles in AVX2 with FMA. Members as in vec_portable.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include "vec.h"
+
+namespace fusedsep {
+namespace {
+
+// Eight set words, then eight clear ones on either side: a window on it is a mask of any lane range.
+alignas(64) constexpr int32_t kMaskWords[24] = {0,  0,  0,  0,  0,  0,  0, 0, -1, -1, -1, -1,
+                                                -1, -1, -1, -1, 0, 0, 0, 0, 0,  0,  0,  0};
+alignas(64) constexpr int64_t kMaskQuads[12] = {0, 0, 0, 0, -1, -1, -1, -1, 0, 0, 0, 0};
+
+FUSEDSEP_INLINE int64_t clamp_lane(int64_t lane, int64_t lanes) { return max_of(0, min_of(lane, lanes)); }
+
+struct Avx2F32 {
+  using T = float;
+  static constexpr int kLanes = 8;
+  __m256 v;
+
+  using Mask = __m256i;
+
+  FUSEDSEP_INLINE static Avx2F32 zero() { return {_mm256_setzero_ps()}; }
+  FUSEDSEP_INLINE static Avx2F32 broadcast(float value) { return {_mm256_set1_ps(value)}; }
+  FUSEDSEP_INLINE static Avx2F32 load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  FUSEDSEP_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
+
+  FUSEDSEP_INLINE static Mask mask(int64_t begin, int64_t end) {
+    const int32_t* words = kMaskWords + 8;
+    const __m256i from_begin = _mm256_loadu_si256((const __m256i*)(words - clamp_lane(begin, kLanes)));
+    const __m256i until_end = _mm256_loadu_si256((const __m256i*)(words + kLanes - clamp_lane(end, kLanes)));
+    return _mm256_and_si256(from_begin, until_end);
+  }
+  FUSEDSEP_INLINE static Avx2F32 load(const float* p, Mask mask) { return {_mm256_maskload_ps(p, mask)}; }
+  FUSEDSEP_INLINE void store(float* p, Mask mask) const { _mm256_maskstore_ps(p, mask, v); }
+
+  // The second vector starts at p + 7, so that nothing behind p[14] is read.
+  FUSEDSEP_INLINE static Avx2F32 load_even(const float* p) { return interleave(load(p), load(p + 7)); }
+  FUSEDSEP_INLINE static Avx2F32 load_even(const float* p, int64_t begin, int64_t end) {
+    return interleave(load(p, mask(begin, end)), load(p + 7, mask(begin - 7, end - 7)));
+  }
+
+  FUSEDSEP_INLINE static Avx2F32 fma(Avx2F32 a, Avx2F32 b, Avx2F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  FUSEDSEP_INLINE static Avx2F32 add(Avx2F32 a, Avx2F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
+  FUSEDSEP_INLINE static Avx2F32 mul(Avx2F32 a, Avx2F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+  // VMAXPS and VMINPS return their second operand when either is NaN.
+  FUSEDSEP_INLINE static Avx2F32 max(Avx2F32 bound, Avx2F32 x) { return {_mm256_max_ps(bound.v, x.v)}; }
+  FUSEDSEP_INLINE static Avx2F32 min(Avx2F32 bound, Avx2F32 x) { return {_mm256_min_ps(bound.v, x.v)}; }
+
+ private:
+  // Even lanes of `low`, then odd lanes of `high`.
+  FUSEDSEP_INLINE static Avx2F32 interleave(Avx2F32 low, Avx2F32 high) {
+    const __m256 mixed = _mm256_shuffle_ps(low.v, high.v, _MM_SHUFFLE(3, 1, 2, 0));
+    return {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(mixed), _MM_SHUFFLE(3, 1, 2, 0)))};
+  }
+};
+
+struct Avx2F64 {
+  using T = double;
+  static constexpr int kLanes = 4;
+  __m256d v;
+
+  using Mask = __m256i;
+
+  FUSEDSEP_INLINE static Avx2F64 zero() { return {_mm256_setzero_pd()}; }
+  FUSEDSEP_INLINE static Avx2F64 broadcast(double value) { return {_mm256_set1_pd(value)}; }
+  FUSEDSEP_INLINE static Avx2F64 load(const double* p) { return {_mm256_loadu_pd(p)}; }
+  FUSEDSEP_INLINE void store(double* p) const { _mm256_storeu_pd(p, v); }
+
+  FUSEDSEP_INLINE static Mask mask(int64_t begin, int64_t end) {
+    const int64_t* quads = kMaskQuads + 4;
+    const __m256i from_begin = _mm256_loadu_si256((const __m256i*)(quads - clamp_lane(begin, kLanes)));
+    const __m256i until_end = _mm256_loadu_si256((const __m256i*)(quads + kLanes - clamp_lane(end, kLanes)));
+    return _mm256_and_si256(from_begin, until_end);
+  }
+  FUSEDSEP_INLINE static Avx2F64 load(const double* p, Mask mask) { return {_mm256_maskload_pd(p, mask)}; }
+  FUSEDSEP_INLINE void store(double* p, Mask mask) const { _mm256_maskstore_pd(p, mask, v); }
+
+  FUSEDSEP_INLINE static Avx2F64 load_even(const double* p) { return interleave(load(p), load(p + 3)); }
+  FUSEDSEP_INLINE static Avx2F64 load_even(const double* p, int64_t begin, int64_t end) {
+    return interleave(load(p, mask(begin, end)), load(p + 3, mask(begin - 3, end - 3)));
+  }
+
+  FUSEDSEP_INLINE static Avx2F64 fma(Avx2F64 a, Avx2F64 b, Avx2F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+  FUSEDSEP_INLINE static Avx2F64 add(Avx2F64 a, Avx2F64 b) { return {_mm256_add_pd(a.v, b.v)}; }
+  FUSEDSEP_INLINE static Avx2F64 mul(Avx2F64 a, Avx2F64 b) { return {_mm256_mul_pd(a.v, b.v)}; }
+  FUSEDSEP_INLINE static Avx2F64 max(Avx2F64 bound, Avx2F64 x) { return {_mm256_max_pd(bound.v, x.v)}; }
+  FUSEDSEP_INLINE static Avx2F64 min(Avx2F64 bound, Avx2F64 x) { return {_mm256_min_pd(bound.v, x.v)}; }
+
+ private:
+  FUSEDSEP_INLINE static Avx2F64 interleave(Avx2F64 low, Avx2F64 high) {
+    const __m256d mixed = _mm256_shuffle_pd(low.v, high.v, 0b1010);
+    return {_mm256_permute4x64_pd(mixed, _MM_SHUFFLE(3, 1, 2, 0))};
+  }
+};
+
+}  // namespace
+}  // namespace fusedsep

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// Sixteen floats or eight doubles in AVX-512F. Members as in vec_portable.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include "vec.h"
+
+namespace fusedsep {
+namespace {
+
+// Bits [begin, end) of a lane mask; both may lie outside [0, lanes].
+FUSEDSEP_INLINE uint32_t lane_bits(int64_t begin, int64_t end, int64_t lanes) {
+  const int64_t first = max_of(0, min_of(begin, lanes)), last = max_of(0, min_of(end, lanes));
+  return ((1u << last) - 1u) & ~((1u << first) - 1u);
+}
+
+struct Avx512F32 {
+  using T = float;
+  static constexpr int kLanes = 16;
+  __m512 v;
+
+  using Mask = __mmask16;
+
+  FUSEDSEP_INLINE static Avx512F32 zero() { return {_mm512_setzero_ps()}; }
+  FUSEDSEP_INLINE static Avx512F32 broadcast(float value) { return {_mm512_set1_ps(value)}; }
+  FUSEDSEP_INLINE static Avx512F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  FUSEDSEP_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
+
+  FUSEDSEP_INLINE static Mask mask(int64_t begin, int64_t end) { return (Mask)lane_bits(begin, end, kLanes); }
+  FUSEDSEP_INLINE static Avx512F32 load(const float* p, Mask mask) { return {_mm512_maskz_loadu_ps(mask, p)}; }
+  FUSEDSEP_INLINE void store(float* p, Mask mask) const { _mm512_mask_storeu_ps(p, mask, v); }
+
+  // The second vector starts at p + 15, so that nothing behind p[30] is read.
+  FUSEDSEP_INLINE static Avx512F32 load_even(const float* p) { return interleave(load(p), load(p + 15)); }
+  FUSEDSEP_INLINE static Avx512F32 load_even(const float* p, int64_t begin, int64_t end) {
+    return interleave(load(p, mask(begin, end)), load(p + 15, mask(begin - 15, end - 15)));
+  }
+
+  FUSEDSEP_INLINE static Avx512F32 fma(Avx512F32 a, Avx512F32 b, Avx512F32 c) {
+    return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+  }
+  FUSEDSEP_INLINE static Avx512F32 add(Avx512F32 a, Avx512F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+  FUSEDSEP_INLINE static Avx512F32 mul(Avx512F32 a, Avx512F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+  // VMAXPS and VMINPS return their second operand when either is NaN.
+  FUSEDSEP_INLINE static Avx512F32 max(Avx512F32 bound, Avx512F32 x) { return {_mm512_max_ps(bound.v, x.v)}; }
+  FUSEDSEP_INLINE static Avx512F32 min(Avx512F32 bound, Avx512F32 x) { return {_mm512_min_ps(bound.v, x.v)}; }
+
+ private:
+  // Even lanes of `low`, then odd lanes of `high`.
+  FUSEDSEP_INLINE static Avx512F32 interleave(Avx512F32 low, Avx512F32 high) {
+    const __m512i lanes = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31);
+    return {_mm512_permutex2var_ps(low.v, lanes, high.v)};
+  }
+};
+
+struct Avx512F64 {
+  using T = double;
+  static constexpr int kLanes = 8;
+  __m512d v;
+
+  using Mask = __mmask8;
+
+  FUSEDSEP_INLINE static Avx512F64 zero() { return {_mm512_setzero_pd()}; }
+  FUSEDSEP_INLINE static Avx512F64 broadcast(double value) { return {_mm512_set1_pd(value)}; }
+  FUSEDSEP_INLINE static Avx512F64 load(const double* p) { return {_mm512_loadu_pd(p)}; }
+  FUSEDSEP_INLINE void store(double* p) const { _mm512_storeu_pd(p, v); }
+
+  FUSEDSEP_INLINE static Mask mask(int64_t begin, int64_t end) { return (Mask)lane_bits(begin, end, kLanes); }
+  FUSEDSEP_INLINE static Avx512F64 load(const double* p, Mask mask) { return {_mm512_maskz_loadu_pd(mask, p)}; }
+  FUSEDSEP_INLINE void store(double* p, Mask mask) const { _mm512_mask_storeu_pd(p, mask, v); }
+
+  FUSEDSEP_INLINE static Avx512F64 load_even(const double* p) { return interleave(load(p), load(p + 7)); }
+  FUSEDSEP_INLINE static Avx512F64 load_even(const double* p, int64_t begin, int64_t end) {
+    return interleave(load(p, mask(begin, end)), load(p + 7, mask(begin - 7, end - 7)));
+  }
+
+  FUSEDSEP_INLINE static Avx512F64 fma(Avx512F64 a, Avx512F64 b, Avx512F64 c) {
+    return {_mm512_fmadd_pd(a.v, b.v, c.v)};
+  }
+  FUSEDSEP_INLINE static Avx512F64 add(Avx512F64 a, Avx512F64 b) { return {_mm512_add_pd(a.v, b.v)}; }
+  FUSEDSEP_INLINE static Avx512F64 mul(Avx512F64 a, Avx512F64 b) { return {_mm512_mul_pd(a.v, b.v)}; }
+  FUSEDSEP_INLINE static Avx512F64 max(Avx512F64 bound, Avx512F64 x) { return {_mm512_max_pd(bound.v, x.v)}; }
+  FUSEDSEP_INLINE static Avx512F64 min(Avx512F64 bound, Avx512F64 x) { return {_mm512_min_pd(bound.v, x.v)}; }
+
+ private:
+  FUSEDSEP_INLINE static Avx512F64 interleave(Avx512F64 low, Avx512F64 high) {
+    return {_mm512_permutex2var_pd(low.v, _mm512_setr_epi64(0, 2, 4, 6, 9, 11, 13, 15), high.v)};
+  }
+};
+
+}  // namespace
+}  // namespace fusedsep

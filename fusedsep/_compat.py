@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The private names of torch that this package uses, each behind a function of our own. tests/test_compat.py pins them."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+from torch.nn.modules import module as _module
+
+
+def functorch_is_active() -> bool:
+    """Inside ``torch.func.grad``, ``vmap``, ``jvp`` and their relatives."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def forward_ad_is_active() -> bool:
+    """Inside ``torch.autograd.forward_ad.dual_level``."""
+    return forward_ad._current_level >= 0
+
+
+def has_global_hooks() -> bool:
+    """A hook registered for every module (``torch.nn.modules.module.register_module_forward_hook`` ...)."""
+    return _module._has_any_global_hook()
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """A hook that runs when ``module`` is called."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A depthwise-separable convolution with everything constant folded in: for deployment."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from . import _kernel_path
+from ._activations import apply_activation
+from ._fold import fold
+from ._padding import Pads, convolution_pads, resolve_padding
+from ._separable import SeparableConv
+
+HOW_TO_TRAIN = "a frozen model cannot be trained: keep the model that freeze was called on to train"
+
+
+class FrozenSeparable(nn.Module):
+    """One site of a frozen model; eval only.
+
+    Equivalent to::
+
+        h = activation(F.conv2d(F.pad(x, pads), dw_weight, dw_bias, stride, 0, dilation, groups=C))
+        y = pointwise_activation(F.conv2d(h, pw_weight, pw_bias))
+
+    Args:
+        separable: the operation of the site.
+        dw, bn1, pw, bn2: its modules, whose numbers are folded in float64 and rounded once.
+
+    Shape:
+        ``Tensor[N, C, H, W]`` or ``Tensor[C, H, W]`` in; the same rank out.
+    """
+
+    dw_weight: torch.Tensor
+    dw_bias: torch.Tensor
+    pw_weight: torch.Tensor
+    pw_bias: torch.Tensor
+
+    def __init__(
+        self,
+        separable: SeparableConv,
+        dw: nn.Conv2d,
+        bn1: nn.Module | None,
+        pw: nn.Conv2d,
+        bn2: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        dw_weight, dw_bias = fold(dw, bn1)
+        pw_weight, pw_bias = fold(pw, bn2)
+        self.register_buffer("dw_weight", dw_weight)
+        self.register_buffer("dw_bias", dw_bias)
+        self.register_buffer("pw_weight", pw_weight)
+        self.register_buffer("pw_bias", pw_bias)
+        self.stride: int = dw.stride[0]
+        self.dilation: int = dw.dilation[0]
+        self.padding = convolution_pads(dw)
+        self.pre_pad: Pads | Literal["same"] = separable.pre_pad
+        self.activation = separable.activation
+        self.pointwise_activation = separable.pointwise_activation
+        self.training = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dw_weight, dw_bias, pw_weight, pw_bias = self.dw_weight, self.dw_bias, self.pw_weight, self.pw_bias
+        pads = self.padding + resolve_padding(self.pre_pad, x.shape[-2], x.shape[-1], self.stride, self.dilation)
+        if _kernel_path.applies_to_tensors(x, dw_weight, dw_bias, pw_weight, pw_bias):
+            return _kernel_path.run_folded(
+                x,
+                dw_weight,
+                dw_bias,
+                pw_weight,
+                pw_bias,
+                self.stride,
+                self.dilation,
+                pads,
+                self.activation,
+                self.pointwise_activation,
+            )
+        h = F.conv2d(F.pad(x, pads), dw_weight, dw_bias, self.stride, 0, self.dilation, groups=dw_weight.shape[0])
+        y = F.conv2d(apply_activation(self.activation, h), pw_weight, pw_bias)
+        return apply_activation(self.pointwise_activation, y)
+
+    def train(self, mode: bool = True) -> FrozenSeparable:
+        """Raises ``RuntimeError`` for ``mode=True``."""
+        if mode:
+            raise RuntimeError(HOW_TO_TRAIN)
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        in_channels, out_channels = self.dw_weight.shape[0], self.pw_weight.shape[0]
+        pads = f"padding={tuple(self.padding)}" if self.pre_pad != "same" else "padding='same'"
+        if self.pre_pad != "same" and any(self.pre_pad):
+            pads = f"padding={tuple(self.padding + self.pre_pad)}"
+        return (
+            f"{in_channels}, {out_channels}, stride={self.stride}, {pads}, dilation={self.dilation}, "
+            f"activation={self.activation!r}, pointwise_activation={self.pointwise_activation!r}"
+        )

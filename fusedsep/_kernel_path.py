@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Whether the fused kernels may run for a call, and running them.
+
+What the kernels do not cover goes through the modules' own ATen code; nothing here ever changes a result. The checks
+run at every call, so they are ordered by what fails most often and written for speed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn as nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import _C, _compat, _ops
+from ._activations import ACTIVATION_CODES
+from ._fold import scale_and_shift
+from ._padding import Pads, convolution_pads, output_size, resolve_padding
+
+if TYPE_CHECKING:
+    from ._separable import SeparableConv
+
+_DTYPES = (torch.float32, torch.float64)
+
+
+class PackedCache:
+    """Packed weights of one site, kept until the bytes of a parameter or buffer change."""
+
+    def __init__(self) -> None:
+        self._packed: dict[object, torch.Tensor] = {}
+        self._fingerprint: object = None
+
+    def lookup(self, key: object, fingerprint: object) -> torch.Tensor | None:
+        """The weights packed under ``key`` from parameters with this ``fingerprint``."""
+        return self._packed.get(key) if fingerprint == self._fingerprint else None
+
+    def store(self, key: object, fingerprint: object, packed: torch.Tensor) -> torch.Tensor:
+        if fingerprint != self._fingerprint:
+            self._packed = {}
+            self._fingerprint = fingerprint
+        self._packed[key] = packed
+        return packed
+
+
+# ------------------------------------------------------------------------------------------------------------- applies
+
+
+def applies(
+    site: SeparableConv, x: torch.Tensor, dw: nn.Conv2d, bn1: _BatchNorm | None, pw: nn.Conv2d, bn2: _BatchNorm | None
+) -> bool:
+    """Whether the kernels may run ``site`` on ``x``: eval mode, plain modules without hooks, covered dtypes and strides."""
+    weight = dw.weight
+    return (
+        _covers(x, weight)
+        and weight.dtype == pw.weight.dtype
+        and dw.stride[0] <= 2
+        and type(dw).forward is nn.Conv2d.forward
+        and type(pw).forward is nn.Conv2d.forward
+        and not _compat.has_hooks(dw)
+        and not _compat.has_hooks(pw)
+        and (bn1 is None or _is_fixed(site, bn1))
+        and (bn2 is None or _is_fixed(site, bn2))
+        and not _compat.has_global_hooks()
+    )
+
+
+def applies_to_tensors(x: torch.Tensor, *tensors: torch.Tensor | None) -> bool:
+    """Whether :func:`run_folded` may run; ``tensors`` are the weights, biases and BN tensors, ``None`` where absent."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    if not all(_covers(x, tensor, x.dtype) for tensor in present):
+        return False
+    return not (torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in present)))
+
+
+def _covers(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
+    return (
+        type(x) is torch.Tensor
+        and x.dtype == weight.dtype
+        and x.dtype in _DTYPES
+        and x.device.type == "cpu"
+        and weight.device.type == "cpu"
+        and x.layout is torch.strided
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()
+        and not _compat.functorch_is_active()
+        and not _compat.forward_ad_is_active()
+    )
+
+
+def _is_fixed(site: SeparableConv, bn: _BatchNorm) -> bool:
+    """A BN in eval mode with running statistics: a scale and a shift that do not depend on the batch."""
+    return (
+        not bn.training
+        and bn.running_mean is not None
+        and type(bn).forward in site.norm_forwards
+        and not _compat.has_hooks(bn)
+        and bn.running_mean.device.type == "cpu"
+    )
+
+
+def check_input(site: SeparableConv, x: torch.Tensor, dw: nn.Conv2d, pw: nn.Conv2d) -> None:
+    """Raise for an ``x`` that no path can run, naming what was wanted and what came."""
+    if isinstance(x, torch.fx.Proxy):
+        return
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    if x.dim() not in (3, 4):
+        raise ValueError(f"x must have shape [N, C, H, W] or [C, H, W], got {list(x.shape)}")
+    if x.shape[-3] != dw.in_channels:
+        raise ValueError(f"x must have {dw.in_channels} channels, got {x.shape[-3]} in shape {list(x.shape)}")
+    weight = dw.weight
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
+    if x.device != weight.device:
+        raise ValueError(f"x must be on the device of the weights, {weight.device}, got {x.device}")
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"x must have the dtype of the weights, {weight.dtype}, got {x.dtype}")
+    _geometry(site.pre_pad, _own_pads(dw), dw.stride[0], dw.dilation[0], *x.shape[-2:])
+
+
+# ----------------------------------------------------------------------------------------------------------------- run
+
+
+def run(
+    site: SeparableConv, x: torch.Tensor, dw: nn.Conv2d, bn1: _BatchNorm | None, pw: nn.Conv2d, bn2: _BatchNorm | None
+) -> torch.Tensor:
+    """``site`` on ``x`` through the kernels. ``applies`` said yes and ``check_input`` had nothing to say."""
+    if torch.is_grad_enabled():
+        tensors = _tensors(dw, bn1, pw, bn2)
+        if x.requires_grad or any(tensor is not None and tensor.requires_grad for tensor in tensors):
+            return _EvalFunction.apply(site, (dw, bn1, pw, bn2), x, *tensors)
+    return _run_without_grad(site, x, dw, bn1, pw, bn2)
+
+
+def _run_without_grad(
+    site: SeparableConv, x: torch.Tensor, dw: nn.Conv2d, bn1: _BatchNorm | None, pw: nn.Conv2d, bn2: _BatchNorm | None
+) -> torch.Tensor:
+    stride, dilation = dw.stride[0], dw.dilation[0]
+    pads = _geometry(site.pre_pad, _own_pads(dw), stride, dilation, *x.shape[-2:])
+    x, channels_last, unbatched = _dense(x)
+    # Held in a list: a parametrized weight is a new tensor at every look, and its memory must outlive the fingerprint.
+    tensors = [
+        tensor if tensor.is_contiguous() else tensor.contiguous()
+        for tensor in _tensors(dw, bn1, pw, bn2)
+        if tensor is not None
+    ]
+    fingerprint = (
+        _C.fingerprint([(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]),
+        None if bn1 is None else bn1.eps,
+        None if bn2 is None else bn2.eps,
+    )
+    key = (_C.active_isa(), channels_last, x.dtype)
+    packed = site.cache.lookup(key, fingerprint)
+    if packed is None:
+        packed = site.cache.store(key, fingerprint, _pack(dw, bn1, pw, bn2, channels_last))
+    y = _ops.separable_conv2d(
+        x,
+        packed,
+        pw.out_channels,
+        stride,
+        dilation,
+        *pads,
+        site.activation_code,
+        site.pointwise_activation_code,
+        channels_last,
+    )
+    return y.squeeze(0) if unbatched else y
+
+
+def run_folded(
+    x: torch.Tensor,
+    dw_weight: torch.Tensor,
+    dw_bias: torch.Tensor,
+    pw_weight: torch.Tensor,
+    pw_bias: torch.Tensor,
+    stride: int,
+    dilation: int,
+    pads: Pads,
+    activation: str,
+    pointwise_activation: str,
+    cache: PackedCache | None = None,
+) -> torch.Tensor:
+    """The kernels on weights with BN folded in. ``cache`` keeps them packed for as long as they stay the same tensors."""
+    x, channels_last, unbatched = _dense(x)
+    packed = None
+    if cache is not None:
+        key = (_C.active_isa(), channels_last, x.dtype)
+        constants = (dw_weight.data_ptr(), dw_bias.data_ptr(), pw_weight.data_ptr(), pw_bias.data_ptr())
+        packed = cache.lookup(key, constants)
+    if packed is None:
+        with torch.no_grad():
+            packed = _ops.pack(
+                dw_weight.contiguous(),
+                None,
+                dw_bias.double().contiguous(),
+                pw_weight.contiguous(),
+                None,
+                pw_bias.double().contiguous(),
+                channels_last,
+            )
+        if cache is not None:
+            cache.store(key, constants, packed)
+    y = _ops.separable_conv2d(
+        x,
+        packed,
+        pw_weight.shape[0],
+        stride,
+        dilation,
+        *pads,
+        ACTIVATION_CODES[activation],
+        ACTIVATION_CODES[pointwise_activation],
+        channels_last,
+    )
+    return y.squeeze(0) if unbatched else y
+
+
+def _pack(
+    dw: nn.Conv2d, bn1: _BatchNorm | None, pw: nn.Conv2d, bn2: _BatchNorm | None, channels_last: bool
+) -> torch.Tensor:
+    with torch.no_grad():
+        return _ops.pack(
+            dw.weight.contiguous(),
+            *scale_and_shift(dw, bn1),
+            pw.weight.contiguous(),
+            *scale_and_shift(pw, bn2),
+            channels_last,
+        )
+
+
+def _tensors(
+    dw: nn.Conv2d, bn1: _BatchNorm | None, pw: nn.Conv2d, bn2: _BatchNorm | None
+) -> Sequence[torch.Tensor | None]:
+    """Everything that the packed weights depend on, in the order that ``_EvalFunction`` takes."""
+    first = () if bn1 is None else (bn1.weight, bn1.bias, bn1.running_mean, bn1.running_var)
+    second = () if bn2 is None else (bn2.weight, bn2.bias, bn2.running_mean, bn2.running_var)
+    return (dw.weight, dw.bias, pw.weight, pw.bias, *first, *second)
+
+
+def _dense(x: torch.Tensor) -> tuple[torch.Tensor, bool, bool]:
+    """``x`` as a dense batch, whether it is channels_last, and whether the batch dimension was added."""
+    unbatched = x.dim() == 3
+    if unbatched:
+        x = x.unsqueeze(0)
+    if x.is_contiguous():
+        return x, False, unbatched
+    channels_last = x.stride(1) == 1 and x.shape[1] > 1
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return x.contiguous(memory_format=memory_format), channels_last, unbatched
+
+
+def _own_pads(dw: nn.Conv2d) -> object:
+    return dw.padding if isinstance(dw.padding, tuple) else convolution_pads(dw)
+
+
+@functools.lru_cache(maxsize=1024)
+def _geometry(
+    pre_pad: Pads | Literal["same"], own: tuple[int, ...], stride: int, dilation: int, height: int, width: int
+) -> Pads:
+    """All zeros around a map. Raises ``ValueError`` where the kernel does not fit."""
+    own_pads = own if isinstance(own, Pads) else Pads(own[1], own[1], own[0], own[0])
+    pads = own_pads + resolve_padding(pre_pad, height, width, stride, dilation)
+    out_height = output_size(height, pads.top, pads.bottom, stride, dilation)
+    out_width = output_size(width, pads.left, pads.right, stride, dilation)
+    if min(height, width, out_height, out_width) < 1:
+        raise ValueError(
+            f"x must hold the 3x3 kernel with dilation {dilation}: a map of {height} x {width} with padding "
+            f"{tuple(pads)} (left, right, top, bottom) is too small"
+        )
+    return pads
+
+
+# ------------------------------------------------------------------------------------------------------------ autograd
+
+
+class _EvalFunction(torch.autograd.Function):
+    """Fixed statistics, but a gradient is wanted (fine-tuning with frozen BN): kernels forward, ATen backward.
+
+    Keeps ``x`` and the parameters, and computes the rest again when the gradient is asked for.
+    """
+
+    @staticmethod
+    def forward(ctx, site, modules, x, *tensors):  # type: ignore[no-untyped-def]
+        ctx.site, ctx.modules = site, modules
+        ctx.save_for_backward(x, *tensors)
+        return _run_without_grad(site, x, *modules)
+
+    @staticmethod
+    def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
+        saved = ctx.saved_tensors
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+        create_graph = torch.is_grad_enabled()  # a gradient of the gradient will be asked for
+        with torch.enable_grad():
+            inputs = list(saved) if create_graph else [tensor if tensor is None else tensor.detach() for tensor in saved]
+            if not create_graph:
+                for i in wanted:
+                    inputs[i].requires_grad_()
+            y = ctx.site.composite_of_tensors(ctx.modules, *inputs)
+            grads = torch.autograd.grad(y, [inputs[i] for i in wanted], grad_output, create_graph=create_graph)
+        result: list[torch.Tensor | None] = [None] * len(saved)
+        for i, grad in zip(wanted, grads, strict=True):
+            result[i] = grad
+        return (None, None, *result)

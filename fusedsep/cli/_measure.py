@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The two questions asked of a fast network: does it answer as exactly, and how long does it take?"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_WARM_UP = 2  # calls that are not timed: allocation, weight packing, caches
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Largest errors against float64, and the rule that judges them."""
+
+    error: float
+    torch_error: float  # of the same thing without fusedsep, in the same dtype
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.allowed  # False for NaN
+
+    def worse_of(self, other: Accuracy) -> Accuracy:
+        """The one that uses up more of what it is allowed."""
+        return self if not self.ok or (other.ok and self.error * other.allowed >= other.error * self.allowed) else other
+
+
+def compare(ours: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor, factor: float, ulps: float) -> Accuracy:
+    """Judge ``ours`` by ``error <= factor * error of torchs + ulps * eps * max|exact|``.
+
+    Args:
+        torchs: the unfused result in the dtype of ``ours``.
+        exact: the unfused result in float64.
+    """
+    torch_error = largest_difference(torchs, exact)
+    slack = ulps * torch.finfo(ours.dtype).eps * exact.abs().max().item()
+    return Accuracy(largest_difference(ours, exact), torch_error, factor * torch_error + slack)
+
+
+def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """``max|a - b|`` in float64; NaN if either holds one."""
+    return (a.double() - b.double()).abs().max().item()
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of repeated calls."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """Half of the range between the quartiles."""
+        if len(self.samples) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.samples, n=4)
+        return (high - low) / 2
+
+    def as_json(self) -> dict[str, Any]:
+        return {"median_ms": self.median, "spread_ms": self.spread, "samples_ms": list(self.samples)}
+
+
+def time_interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Times]:
+    """Time every call ``repeats`` times, in turns, so that a change of clock or load meets all of them alike."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.inference_mode():
+        for call in calls.values():
+            for _ in range(_WARM_UP):
+                call()
+        for _ in range(repeats):
+            for name, call in calls.items():
+                start = time.perf_counter_ns()
+                call()
+                samples[name].append((time.perf_counter_ns() - start) / 1e6)
+    return {name: Times(tuple(values)) for name, values in samples.items()}

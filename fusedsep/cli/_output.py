@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Tables, JSON and the line about the machine; rich makes the tables prettier where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import backend_info
+from ._arguments import CommandError
+
+#: Import names and package names of the optional extra.
+_EXTRA = {"rich": "rich", "matplotlib": "matplotlib", "PIL": "pillow"}
+_PIPED_WIDTH = 120  # columns; rich would fold the tables to 80 when nobody watches
+
+
+def require_extra() -> None:
+    """Raise :class:`CommandError` if a package of the extra is missing."""
+    missing = [package for name, package in _EXTRA.items() if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CommandError(f'{" and ".join(missing)} not installed: pip install "fusedsep[demo]"')
+
+
+def make_console() -> Any:
+    """A rich console that prints text as it is."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else _PIPED_WIDTH
+    return Console(markup=False, highlight=False, width=width)
+
+
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    text_columns: int = 1,
+    failed: Sequence[bool] | None = None,
+) -> None:
+    """Print a table; the first ``text_columns`` are flush left, the others flush right, rows that ``failed`` are red."""
+    if importlib.util.find_spec("rich") is None:
+        _print_plain_table(title, columns, rows, text_columns)
+        return
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < text_columns else "right", overflow="fold")
+    for index, row in enumerate(rows):
+        table.add_row(*row, style="red" if failed is not None and failed[index] else None)
+    make_console().print(table)
+
+
+def _print_plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int) -> None:
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    print(f"\n{title}\n")
+    for row in (columns, ["-" * width for width in widths], *rows):
+        cells = [cell.ljust(width) for cell, width in zip(row[:text_columns], widths, strict=False)]
+        cells += [cell.rjust(width) for cell, width in zip(row[text_columns:], widths[text_columns:], strict=True)]
+        print("  ".join(cells).rstrip())
+    print()
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers of this run depend on."""
+    info = backend_info()
+    return {
+        "cpu": _cpu_name(),
+        "isa": info["isa"],
+        "threads": info["threads"],
+        "python": platform.python_version(),
+        "torch": info["torch_version"],
+        "fusedsep": info["version"],
+    }
+
+
+def machine_line(facts: Mapping[str, Any]) -> str:
+    threads = "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
+    return f"{facts['cpu']}, {facts['isa']}, {threads}, torch {facts['torch']}, fusedsep {facts['fusedsep']}"
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()

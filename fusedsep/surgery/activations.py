@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which activation a node of a graph computes, however it is written."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import fx
+
+_MODULES = {nn.ReLU.forward: "relu", nn.Hardswish.forward: "hardswish"}
+_FUNCTIONS = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    "relu": "relu",
+    "relu_": "relu",
+    F.relu6: "relu6",
+    F.hardswish: "hardswish",
+}
+_CLAMPS = {
+    **dict.fromkeys((F.hardtanh, F.hardtanh_), ("min_val", "max_val")),
+    **dict.fromkeys((torch.clamp, torch.clamp_, torch.clip, torch.clip_), ("min", "max")),
+    **dict.fromkeys(("clamp", "clamp_", "clip", "clip_"), ("min", "max")),
+    **dict.fromkeys((torch.clamp_min, torch.clamp_min_, "clamp_min", "clamp_min_"), ("min",)),
+}
+_CLAMP_DEFAULTS = {"min_val": -1.0, "max_val": 1.0, "min": None, "max": None}
+_ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_MULTIPLY = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply"}
+_DIVIDE = {operator.truediv, operator.itruediv, torch.div, torch.divide, "div", "div_", "divide"}
+
+
+def arguments_of(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:
+    """The arguments of a call after its first, by name."""
+    given = dict(zip(names, node.args[1:], strict=False))
+    given.update({key: value for key, value in node.kwargs.items() if key != "input"})
+    return given
+
+
+def activation_of_module(module: nn.Module) -> str | None:
+    """The name of the activation that ``module`` is, or ``None``."""
+    forward = type(module).forward
+    if forward in (nn.Hardtanh.forward, nn.ReLU6.forward):
+        return _clamp_name(module.min_val, module.max_val)
+    return _MODULES.get(forward)
+
+
+def activation_of_function(node: fx.Node) -> str | None:
+    """The name of the activation that a function or method call computes of its first argument, or ``None``."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if node.target in _CLAMPS:
+        names = _CLAMPS[node.target]
+        given = arguments_of(node, names)
+        bounds = [given.get(name, _CLAMP_DEFAULTS[name]) for name in names]
+        return _clamp_name(bounds[0], bounds[1] if len(bounds) > 1 else None)
+    return _FUNCTIONS.get(node.target)
+
+
+def _clamp_name(low: Any, high: Any) -> str | None:
+    if not _is_number(low, 0.0):
+        return None
+    if high is None:
+        return "relu"
+    return "relu6" if _is_number(high, 6.0) else None
+
+
+def _is_number(value: Any, wanted: float) -> bool:
+    return isinstance(value, (int, float)) and abs(value - wanted) < 1e-7
+
+
+def composed_hardswish(x: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node] | None:
+    """The nodes that spell out ``x * relu6(x + 3) / 6``, the last one being the result; ``None`` if they do not.
+
+    Source: A. Howard et al., "Searching for MobileNetV3", 2019, section 5.2.
+    """
+    if len(x.users) != 2:
+        return None
+    for start in x.users:
+        if _is_module_or_function(start, modules, nn.Hardsigmoid.forward, F.hardsigmoid):
+            product = _only_user(start)
+            if product is not None and _combines(product, _MULTIPLY, x, start):
+                return [start, product]
+        if not _scales(start, _ADD, x, 3.0):
+            continue
+        clamped = _only_user(start)
+        if clamped is None or _activation(clamped, modules) != "relu6":
+            continue
+        after = _only_user(clamped)
+        if after is None:
+            continue
+        if _is_sixth(after, clamped):  # x * (relu6(x + 3) / 6)
+            product = _only_user(after)
+            if product is not None and _combines(product, _MULTIPLY, x, after):
+                return [start, clamped, after, product]
+        elif _combines(after, _MULTIPLY, x, clamped):  # (x * relu6(x + 3)) / 6
+            sixth = _only_user(after)
+            if sixth is not None and _is_sixth(sixth, after):
+                return [start, clamped, after, sixth]
+    return None
+
+
+def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
+    if node.op == "call_module":
+        return activation_of_module(modules[node.target])
+    return activation_of_function(node)
+
+
+def _is_module_or_function(node: fx.Node, modules: dict[str, nn.Module], forward: Any, function: Any) -> bool:
+    if node.op == "call_module":
+        return type(modules[node.target]).forward is forward
+    return node.target is function
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _combines(node: fx.Node, targets: set, a: fx.Node, b: fx.Node) -> bool:
+    return node.target in targets and not node.kwargs and node.args in ((a, b), (b, a))
+
+
+def _scales(node: fx.Node, targets: set, x: fx.Node, number: float) -> bool:
+    if node.target not in targets or node.kwargs or len(node.args) != 2:
+        return False
+    a, b = node.args
+    return (a is x and _is_number(b, number)) or (b is x and _is_number(a, number) and targets is not _DIVIDE)
+
+
+def _is_sixth(node: fx.Node, x: fx.Node) -> bool:
+    return _scales(node, _DIVIDE, x, 6.0) or _scales(node, _MULTIPLY, x, 1 / 6)

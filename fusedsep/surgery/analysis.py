@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What can be fused in a model: which modules get a regenerated forward, and why the rest stays."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch.nn as nn
+from torch import fx
+
+from .._frozen import FrozenSeparable
+from ..block import DepthwiseSeparableBlock
+from .rewrite import FusedForward, FusedSite, fused_forward
+from .sites import find_chains, is_depthwise, why_not_fusable
+from .tracing import Call, CallForm, Tracer, Untraceable, in_eval, is_layer
+
+class Analysis:
+    """The regenerated forwards of a model, by owner, and the reason for each depthwise convolution without a site."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.forwards: dict[nn.Module, FusedForward] = {}
+        self.reasons: dict[nn.Module, str] = {}
+        #: Modules that are also called outside of every site.
+        self.used_elsewhere: set[nn.Module] = set()
+        self._opaque: dict[nn.Module, str] = {
+            module: "" for module in model.modules() if is_block(module) or isinstance(module, FrozenSeparable) or "forward" in vars(module)
+        }
+        self._seen: set[nn.Module] = set()
+        for module in list(model.modules()):
+            if module not in self._seen and _holds_depthwise(module):
+                self._analyse(module)
+        reasons, self.reasons = self.reasons, {}
+        #: What stands for each depthwise convolution that is fused.
+        self.fused: dict[nn.Module, FusedSite | DepthwiseSeparableBlock] = {
+            site.dw: site for forward in self.forwards.values() for site in forward.sites.values()
+        }
+        self.fused.update({block.dw: block for block in model.modules() if is_block(block)})
+        for module in model.modules():
+            if is_depthwise(module) and module not in self.fused:
+                self.reasons[module] = why_not_fusable(module) or reasons.get(module) or self._caller(model, module)
+
+    def _analyse(self, root: nn.Module) -> None:
+        """Add the sites of one root; every module that the trace calls counts as seen."""
+        self._seen.add(root)
+        if is_block(root):
+            self._seen |= set(root.modules())
+        if is_layer(root) or is_block(root) or "forward" in vars(root):
+            return
+        while True:
+            opaque = set(self._opaque) - {root}
+            try:
+                tracer = Tracer(root, CallForm.of_root(root), opaque)
+                graph = tracer.run()
+                forwards = self._forwards_of(root, tracer, graph, opaque)
+                break
+            except Untraceable as error:
+                self._opaque[error.module] = str(error)
+                if error.module is root or error.module in opaque or is_layer(error.module):
+                    self._opaque[root] = str(error)
+                    return
+            except (TypeError, ValueError) as error:  # a forward without a signature, or called in a way it does not take
+                self._opaque[root] = str(error)
+                return
+        self.forwards.update(forwards)
+        self._seen |= tracer.called - opaque
+
+    def _forwards_of(
+        self, root: nn.Module, tracer: Tracer, graph: fx.Graph, opaque: set[nn.Module]
+    ) -> dict[nn.Module, FusedForward]:
+        modules = dict(root.named_modules(remove_duplicate=False))
+        chains, reasons = find_chains(graph, modules)
+        inline: dict[nn.Module, set[nn.Module]] = {}
+        forms: dict[nn.Module, CallForm] = {}
+        for chain in chains:
+            stacks = [node.meta["calls"] for node in chain.nodes]
+            owner = _innermost_common(stacks)
+            depth = stacks[0].index(owner)
+            inline.setdefault(owner.module, set()).update(
+                call.module for stack in stacks for call in stack[depth + 1 :] if call.module is not owner.module
+            )
+            forms.setdefault(owner.module, owner.form)
+        for owner in [module for module in root.modules() if module in inline]:  # outer ones first
+            while inner := [module for module in inline.get(owner, ()) if module in inline]:
+                inline[owner].update(*(inline.pop(module) for module in inner))
+
+        forwards = {}
+        for owner, inner in inline.items():
+            if not forms[owner].is_comparable():
+                raise Untraceable(owner, "it is called with arguments that cannot be compared")
+            forwards[owner] = fused_forward(owner, forms[owner], opaque, inner | (tracer.see_through - {owner}))
+
+        covered = {node for chain in chains for node in chain.nodes}
+        self.used_elsewhere |= {
+            modules[node.target] for node in graph.nodes if node.op == "call_module" and node not in covered
+        }
+        self.used_elsewhere |= {
+            modules[node.target.rpartition(".")[0]] for node in graph.nodes if node.op == "get_attr"
+        }
+        self.reasons.update(reasons)
+        return forwards
+
+    def _caller(self, model: nn.Module, conv: nn.Module) -> str:
+        """Why no trace shows ``conv``: the innermost untraceable module around it."""
+        path = next(path for path, module in model.named_modules() if module is conv)
+        while path:
+            path = path.rpartition(".")[0]
+            module = model.get_submodule(path)
+            if self._opaque.get(module):
+                where = f"{path or 'the model'} ({type(module).__name__})"
+                return f"the Python of {where} cannot be traced: {self._opaque[module]}"
+        return "no traceable forward calls it"
+
+
+def analyse(model: nn.Module) -> Analysis:
+    """Find all sites of ``model``, fused or not; the model is as it was afterwards."""
+    with in_eval(model), as_written(model):
+        return Analysis(model)
+
+
+@contextlib.contextmanager
+def as_written(model: nn.Module) -> Iterator[None]:
+    """The forwards of the classes for a while, in place of regenerated ones."""
+    fused = {module: vars(module)["forward"] for module in model.modules() if is_fused(module)}
+    for module in fused:
+        del module.forward
+    try:
+        yield
+    finally:
+        for module, forward in fused.items():
+            module.forward = forward
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether ``module`` runs a regenerated forward."""
+    return isinstance(vars(module).get("forward"), FusedForward)
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether ``module`` runs as one operation already."""
+    return type(module).forward is DepthwiseSeparableBlock.forward
+
+
+def _holds_depthwise(module: nn.Module) -> bool:
+    return any(is_depthwise(part) for part in module.modules())
+
+
+def _innermost_common(stacks: list[tuple[Call, ...]]) -> Call:
+    """The last call that all stacks share."""
+    common = stacks[0][0]
+    for calls in zip(*stacks, strict=False):
+        if any(call is not calls[0] for call in calls):
+            break
+        common = calls[0]
+    return common

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What is fused in a model, what is not, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn as nn
+
+from .._frozen import FrozenSeparable
+from .analysis import Analysis, analyse
+from .rewrite import FusedSite, has_hooks
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One depthwise convolution.
+
+    Attributes:
+        name: its qualified name in the model.
+        reason: what was fused with it, or why nothing was.
+    """
+
+    name: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class FusionReport:
+    """The depthwise convolutions of a model; ``str()`` is a table of them.
+
+    Attributes:
+        fused: those that run (or would run, after :func:`fusedsep.fuse`) as one operation with what follows them.
+        skipped: those that stay as they are.
+    """
+
+    fused: list[Site]
+    skipped: list[Site]
+
+    def __str__(self) -> str:
+        total = len(self.fused) + len(self.skipped)
+        noun = "depthwise convolution" if total == 1 else "depthwise convolutions"
+        lines = [f"{len(self.fused)} of {total} {noun} fused"]
+        width = max((len(site.name) for site in self.fused + self.skipped), default=0)
+        for verb, sites in (("fused", self.fused), ("skipped", self.skipped)):
+            lines += [f"  {verb:7}  {site.name:{width}}  {site.reason}" for site in sites]
+        return "\n".join(lines)
+
+
+def fusion_report(model: nn.Module) -> FusionReport:
+    """Say for each depthwise convolution of ``model`` whether it is fused, or why not.
+
+    Works on a fused model and on one that is not: then it says what :func:`fusedsep.fuse` would do.
+
+    Args:
+        model: any module; it is not changed.
+
+    Returns:
+        :class:`FusionReport`.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``, or is a ``torch.jit.ScriptModule``.
+    """
+    check_model(model)
+    return report_of(model, analyse(model))
+
+
+def report_of(model: nn.Module, analysis: Analysis) -> FusionReport:
+    """The report that belongs to an analysis."""
+    fused: list[Site] = []
+    skipped: list[Site] = []
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenSeparable):
+            fused.append(Site(name, "frozen"))
+        elif module in analysis.fused:
+            site = analysis.fused[module]
+            hooked = _hooked(model, site)
+            if hooked:
+                skipped.append(Site(name, f"hooks on {', '.join(hooked)} need the modules themselves"))
+            else:
+                fused.append(Site(name, site.text if isinstance(site, FusedSite) else "a DepthwiseSeparableBlock"))
+        elif module in analysis.reasons:
+            skipped.append(Site(name, analysis.reasons[module]))
+    return FusionReport(fused, skipped)
+
+
+def _hooked(model: nn.Module, site: nn.Module | FusedSite) -> list[str]:
+    parts = set(site.modules) if isinstance(site, FusedSite) else set(site.children())
+    return [name for name, module in model.named_modules() if module in parts and has_hooks(module)]
+
+
+def check_model(model: object) -> None:
+    """Raise ``TypeError`` unless ``model`` is a module whose Python can be read."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"model must be an nn.Module with a Python forward, got {type(model).__name__}: "
+            "pass the module that it was compiled from"
+        )
+
+
