@@ -8,9 +8,7 @@ from ._version import __version__
 from .block import DepthwiseSeparableBlock
 from .functional import depthwise_separable_conv2d
 from .mobilenet import MobileNetV1
-try:
-    from .surgery import FusionReport, defuse, freeze, fuse, fusion_report
-except ImportError: pass
+from .surgery import FusionReport, defuse, freeze, fuse, fusion_report
 
 __all__ = [
     "DepthwiseSeparableBlock",

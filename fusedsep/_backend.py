@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch  # noqa: F401  (its libraries must be loaded before the extension)
+import torch
 
 from . import _C
 from ._version import __version__
@@ -29,7 +29,7 @@ def active_isa() -> str:
     return _C.active_isa()
 
 
-class use_isa:  # noqa: N801  (reads as a function, works as a context manager too)
+class use_isa:
     """Use the kernels of one instruction set from now on, in the whole process.
 
     Takes effect at the call. As a context manager (``with fusedsep.use_isa("avx2"): ...``) it puts the former choice

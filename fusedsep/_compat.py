@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The private names of torch that this package uses, each behind a function of our own. tests/test_compat.py pins them."""
+"""The private names of torch that this package uses, each behind a function of our own (tests/test_compat.py)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ def functorch_is_active() -> bool:
 def forward_ad_is_active() -> bool:
     """Inside ``torch.autograd.forward_ad.dual_level``."""
     return forward_ad._current_level >= 0
+
+
+def dispatch_mode_is_active() -> bool:
+    """Inside a ``TorchDispatchMode``: ``FakeTensorMode``, ``FlopCounterMode``, ``make_fx`` and whatever users write."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def has_global_hooks() -> bool:

@@ -131,16 +131,18 @@ def complexity(model: nn.Module, input_size: int | Sequence[int]) -> Complexity:
     formula.
 
     Modules are counted, ``nn.Conv1d`` to ``nn.ConvTranspose3d`` and ``nn.Linear``, fused or not, but not what
-    :func:`fusedsep.freeze` has packed. A module that is called twice costs twice and has its parameters once. A depthwise convolution and the 1x1 convolution that is called next on its
-    map are a separable pair.
+    :func:`fusedsep.freeze` has packed. A module that is called twice costs twice and has its parameters once. A
+    depthwise convolution and the 1x1 convolution that is called next on a map of its output's shape are a separable
+    pair.
 
     The model is not touched: a copy without values runs once, in eval mode, on the meta device. Where that cannot be
-    done (an ``if`` on a value, an operation that has no meta form) a copy with values runs.
+    done (an ``if`` on a value, a tensor that is no buffer, an operation that has no meta form) a copy with values runs.
 
     Args:
         model: any module; its input is one floating-point tensor.
         input_size: ``(C, H, W)``, ``(N, C, H, W)`` or, unless it has three entries, any other shape that the model
-            takes; a batch costs N times as much. An int n is ``(1, C, n, n)`` with the C channels of the model's first ``nn.Conv2d``.
+            takes; a batch costs N times as much. An int n is ``(1, C, n, n)`` with the C channels of the model's first
+            ``nn.Conv2d``.
 
     Returns:
         :class:`Complexity`.
@@ -204,13 +206,11 @@ def _input_shape(model: nn.Module, input_size: int | Sequence[int]) -> tuple[int
 
 
 def _copy_without_values(model: nn.Module) -> nn.Module:
-    """A copy whose tensors, plain attributes included, are on the meta device and take no memory."""
+    """A copy whose parameters and buffers are on the meta device and take no memory."""
     memo: dict[int, object] = {}
-    for module in model.modules():
-        attributes = (value for value in vars(module).values() if isinstance(value, torch.Tensor))
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False), *attributes):
-            twin = torch.empty_like(tensor, device="meta", requires_grad=False)
-            memo[id(tensor)] = nn.Parameter(twin, False) if isinstance(tensor, nn.Parameter) else twin
+    for tensor in (*model.parameters(), *model.buffers()):
+        twin = torch.empty_like(tensor, device="meta", requires_grad=False)
+        memo[id(tensor)] = nn.Parameter(twin, False) if isinstance(tensor, nn.Parameter) else twin
     return copy.deepcopy(model, memo)
 
 

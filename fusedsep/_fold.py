@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """BatchNorm with fixed statistics as a scale and a shift of the convolution in front of it.
 
-``bn`` is ``nn.BatchNorm2d`` or anything else with its ``weight``, ``bias``, ``running_mean``, ``running_var`` and ``eps``.
+``bn`` is ``nn.BatchNorm2d`` or anything else with its ``weight``, ``bias``, ``running_mean``, ``running_var`` and
+``eps``.
 """
 
 from __future__ import annotations
@@ -43,9 +44,7 @@ def fold(conv: nn.Conv2d, bn: Any | None) -> tuple[torch.Tensor, torch.Tensor]:
     return fold_tensors(conv.weight, conv.bias, bn)
 
 
-def fold_tensors(
-    weight: torch.Tensor, bias: torch.Tensor | None, bn: Any | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def fold_tensors(weight: torch.Tensor, bias: torch.Tensor | None, bn: Any | None) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`fold` for a convolution given by its tensors."""
     scale, shift = scale_and_shift_tensors(bias, bn)
     with torch.no_grad():

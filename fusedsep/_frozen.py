@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
@@ -61,6 +61,7 @@ class FrozenSeparable(nn.Module):
         self.activation = separable.activation
         self.pointwise_activation = separable.pointwise_activation
         self.training = False
+        self._cache = _kernel_path.PackedCache()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         dw_weight, dw_bias, pw_weight, pw_bias = self.dw_weight, self.dw_bias, self.pw_weight, self.pw_bias
@@ -77,6 +78,7 @@ class FrozenSeparable(nn.Module):
                 pads,
                 self.activation,
                 self.pointwise_activation,
+                self._cache,
             )
         h = F.conv2d(F.pad(x, pads), dw_weight, dw_bias, self.stride, 0, self.dilation, groups=dw_weight.shape[0])
         y = F.conv2d(apply_activation(self.activation, h), pw_weight, pw_bias)
@@ -87,6 +89,17 @@ class FrozenSeparable(nn.Module):
         if mode:
             raise RuntimeError(HOW_TO_TRAIN)
         return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._cache = _kernel_path.PackedCache()  # it compares addresses, and loading writes in place
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_cache"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._cache = _kernel_path.PackedCache()
 
     def extra_repr(self) -> str:
         in_channels, out_channels = self.dw_weight.shape[0], self.pw_weight.shape[0]

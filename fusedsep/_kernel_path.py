@@ -8,7 +8,7 @@ run at every call, so they are ordered by what fails most often and written for 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ._separable import SeparableConv
 
 _DTYPES = (torch.float32, torch.float64)
+_TENSOR_TYPES = (torch.Tensor, nn.Parameter)
+_CONV_FORWARDS = frozenset({nn.Conv2d.forward})
 
 
 class PackedCache:
@@ -51,75 +53,86 @@ class PackedCache:
 def applies(
     site: SeparableConv, x: torch.Tensor, dw: nn.Conv2d, bn1: _BatchNorm | None, pw: nn.Conv2d, bn2: _BatchNorm | None
 ) -> bool:
-    """Whether the kernels may run ``site`` on ``x``: eval mode, plain modules without hooks, covered dtypes and strides."""
-    weight = dw.weight
+    """Whether the kernels may run ``site`` on ``x``: fixed statistics, plain modules without hooks, covered dtypes."""
     return (
-        _covers(x, weight)
-        and weight.dtype == pw.weight.dtype
+        _covers(x)
+        and x.dim() in (3, 4)
+        and x.shape[-3] == dw.in_channels
         and dw.stride[0] <= 2
-        and type(dw).forward is nn.Conv2d.forward
-        and type(pw).forward is nn.Conv2d.forward
-        and not _compat.has_hooks(dw)
-        and not _compat.has_hooks(pw)
+        and _is_plain(dw, _CONV_FORWARDS)
+        and _is_plain(pw, _CONV_FORWARDS)
         and (bn1 is None or _is_fixed(site, bn1))
         and (bn2 is None or _is_fixed(site, bn2))
+        and _are_readable(x.dtype, _tensors(dw, bn1, pw, bn2))
         and not _compat.has_global_hooks()
     )
 
 
 def applies_to_tensors(x: torch.Tensor, *tensors: torch.Tensor | None) -> bool:
     """Whether :func:`run_folded` may run; ``tensors`` are the weights, biases and BN tensors, ``None`` where absent."""
-    present = [tensor for tensor in tensors if tensor is not None]
-    if not all(_covers(x, tensor, x.dtype) for tensor in present):
+    if not (_covers(x) and _are_readable(x.dtype, tensors)):
         return False
-    return not (torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in present)))
+    return not (
+        torch.is_grad_enabled()
+        and (x.requires_grad or any(tensor is not None and tensor.requires_grad for tensor in tensors))
+    )
 
 
-def _covers(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
+def _covers(x: torch.Tensor) -> bool:
     return (
         type(x) is torch.Tensor
-        and x.dtype == weight.dtype
         and x.dtype in _DTYPES
-        and x.device.type == "cpu"
-        and weight.device.type == "cpu"
+        and x.is_cpu
         and x.layout is torch.strided
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()
         and not _compat.functorch_is_active()
         and not _compat.forward_ad_is_active()
+        and not _compat.dispatch_mode_is_active()
+    )
+
+
+def _are_readable(dtype: torch.dtype, tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Whether every tensor has its numbers in memory as they are: of this type, on the CPU, and no subclass."""
+    return all(
+        tensor is None or (type(tensor) in _TENSOR_TYPES and tensor.dtype is dtype and tensor.is_cpu)
+        for tensor in tensors
+    )
+
+
+def _is_plain(module: nn.Module, forwards: Set[Callable[..., torch.Tensor]]) -> bool:
+    """Whether calling ``module`` runs one of ``forwards`` and nothing else."""
+    return (
+        type(module).forward in forwards
+        and "forward" not in module.__dict__  # a function put on the instance
+        and not _compat.has_hooks(module)
     )
 
 
 def _is_fixed(site: SeparableConv, bn: _BatchNorm) -> bool:
     """A BN in eval mode with running statistics: a scale and a shift that do not depend on the batch."""
-    return (
-        not bn.training
-        and bn.running_mean is not None
-        and type(bn).forward in site.norm_forwards
-        and not _compat.has_hooks(bn)
-        and bn.running_mean.device.type == "cpu"
-    )
+    return not bn.training and bn.running_mean is not None and _is_plain(bn, site.norm_forwards)
 
 
 def check_input(site: SeparableConv, x: torch.Tensor, dw: nn.Conv2d, pw: nn.Conv2d) -> None:
     """Raise for an ``x`` that no path can run, naming what was wanted and what came."""
-    if isinstance(x, torch.fx.Proxy):
-        return
+    if isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return  # the modules check for themselves, and a trace must not depend on these comparisons
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if x.dim() not in (3, 4):
         raise ValueError(f"x must have shape [N, C, H, W] or [C, H, W], got {list(x.shape)}")
     if x.shape[-3] != dw.in_channels:
         raise ValueError(f"x must have {dw.in_channels} channels, got {x.shape[-3]} in shape {list(x.shape)}")
-    weight = dw.weight
+    weight = next(dw.parameters())  # a parametrized `weight` is computed at every look, and some count the looks
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
     if x.device != weight.device:
         raise ValueError(f"x must be on the device of the weights, {weight.device}, got {x.device}")
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"x must have the dtype of the weights, {weight.dtype}, got {x.dtype}")
-    _geometry(site.pre_pad, _own_pads(dw), dw.stride[0], dw.dilation[0], *x.shape[-2:])
+    checked_pads(site.pre_pad, _own_pads(dw), dw.stride[0], dw.dilation[0], *x.shape[-2:])
 
 
 # ----------------------------------------------------------------------------------------------------------------- run
@@ -128,7 +141,7 @@ def check_input(site: SeparableConv, x: torch.Tensor, dw: nn.Conv2d, pw: nn.Conv
 def run(
     site: SeparableConv, x: torch.Tensor, dw: nn.Conv2d, bn1: _BatchNorm | None, pw: nn.Conv2d, bn2: _BatchNorm | None
 ) -> torch.Tensor:
-    """``site`` on ``x`` through the kernels. ``applies`` said yes and ``check_input`` had nothing to say."""
+    """``site`` on ``x`` through the kernels; ``applies`` said yes."""
     if torch.is_grad_enabled():
         tensors = _tensors(dw, bn1, pw, bn2)
         if x.requires_grad or any(tensor is not None and tensor.requires_grad for tensor in tensors):
@@ -140,14 +153,10 @@ def _run_without_grad(
     site: SeparableConv, x: torch.Tensor, dw: nn.Conv2d, bn1: _BatchNorm | None, pw: nn.Conv2d, bn2: _BatchNorm | None
 ) -> torch.Tensor:
     stride, dilation = dw.stride[0], dw.dilation[0]
-    pads = _geometry(site.pre_pad, _own_pads(dw), stride, dilation, *x.shape[-2:])
+    pads = checked_pads(site.pre_pad, _own_pads(dw), stride, dilation, *x.shape[-2:])
     x, channels_last, unbatched = _dense(x)
     # Held in a list: a parametrized weight is a new tensor at every look, and its memory must outlive the fingerprint.
-    tensors = [
-        tensor if tensor.is_contiguous() else tensor.contiguous()
-        for tensor in _tensors(dw, bn1, pw, bn2)
-        if tensor is not None
-    ]
+    tensors = [tensor.contiguous() for tensor in _tensors(dw, bn1, pw, bn2) if tensor is not None]
     fingerprint = (
         _C.fingerprint([(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]),
         None if bn1 is None else bn1.eps,
@@ -184,7 +193,7 @@ def run_folded(
     pointwise_activation: str,
     cache: PackedCache | None = None,
 ) -> torch.Tensor:
-    """The kernels on weights with BN folded in. ``cache`` keeps them packed for as long as they stay the same tensors."""
+    """The kernels on weights with BN folded in; ``cache`` keeps them packed while they stay the same tensors."""
     x, channels_last, unbatched = _dense(x)
     packed = None
     if cache is not None:
@@ -257,10 +266,13 @@ def _own_pads(dw: nn.Conv2d) -> object:
 
 
 @functools.lru_cache(maxsize=1024)
-def _geometry(
+def checked_pads(
     pre_pad: Pads | Literal["same"], own: tuple[int, ...], stride: int, dilation: int, height: int, width: int
 ) -> Pads:
-    """All zeros around a map. Raises ``ValueError`` where the kernel does not fit."""
+    """All zeros around a map: ``pre_pad`` and those of the convolution (:class:`Pads` or ``(pad_h, pad_w)``).
+
+    Raises ``ValueError`` where the 3x3 kernel does not fit.
+    """
     own_pads = own if isinstance(own, Pads) else Pads(own[1], own[1], own[0], own[0])
     pads = own_pads + resolve_padding(pre_pad, height, width, stride, dilation)
     out_height = output_size(height, pads.top, pads.bottom, stride, dilation)
@@ -294,8 +306,11 @@ class _EvalFunction(torch.autograd.Function):
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
         create_graph = torch.is_grad_enabled()  # a gradient of the gradient will be asked for
         with torch.enable_grad():
-            inputs = list(saved) if create_graph else [tensor if tensor is None else tensor.detach() for tensor in saved]
+            inputs = (
+                list(saved) if create_graph else [tensor if tensor is None else tensor.detach() for tensor in saved]
+            )
             if not create_graph:
+                inputs = [None if tensor is None else tensor.detach() for tensor in inputs]
                 for i in wanted:
                     inputs[i].requires_grad_()
             y = ctx.site.composite_of_tensors(ctx.modules, *inputs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from . import _C  # noqa: F401  (registers the operators)
+from . import _C
 from ._padding import output_size
 
 pack = torch.ops.fusedsep.pack.default
@@ -38,5 +38,6 @@ def _(  # type: ignore[no-untyped-def]
     batch, _, height, width = x.shape
     out_height = output_size(height, pad_top, pad_bottom, stride, dilation)
     out_width = output_size(width, pad_left, pad_right, stride, dilation)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return x.new_empty((batch, out_channels, out_height, out_width)).contiguous(memory_format=memory_format)
+    if channels_last:
+        return x.new_empty((batch, out_height, out_width, out_channels)).permute(0, 3, 1, 2)
+    return x.new_empty((batch, out_channels, out_height, out_width))

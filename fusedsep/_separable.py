@@ -47,9 +47,9 @@ class SeparableConv:
         self, x: torch.Tensor, dw: nn.Conv2d, bn1: _BatchNorm | None, pw: nn.Conv2d, bn2: _BatchNorm | None
     ) -> torch.Tensor:
         """``x``: ``Tensor[N, C, H, W]`` or ``Tensor[C, H, W]``; returns the same rank."""
-        _kernel_path.check_input(self, x, dw, pw)
         if _kernel_path.applies(self, x, dw, bn1, pw, bn2):
             return _kernel_path.run(self, x, dw, bn1, pw, bn2)
+        _kernel_path.check_input(self, x, dw, pw)
         return self.composite(x, dw, bn1, pw, bn2)
 
     def composite(
@@ -73,7 +73,7 @@ class SeparableConv:
 
         ``tensors``: weight and bias of either convolution, then weight, bias, running mean and variance of each BN.
         """
-        dw, bn1, pw, bn2 = modules
+        dw, bn1, _, bn2 = modules
         dw_weight, dw_bias, pw_weight, pw_bias, *norms = tensors
         if x.dim() == 3:
             return self.composite_of_tensors(modules, x.unsqueeze(0), *tensors).squeeze(0)

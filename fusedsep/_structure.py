@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What counts as a depthwise 3x3 and a pointwise 1x1 convolution: one definition for the block, the surgery and the reports."""
+"""What counts as a depthwise 3x3 and a pointwise 1x1 convolution, for the block and the surgery alike."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class DepthwiseSeparableBlock(nn.Module):
 
     The children ``dw`` and ``pw`` (``nn.Conv2d``), ``bn1`` and ``bn2`` (``nn.BatchNorm2d``) are real modules: hooks,
     optimizers, DDP and ``state_dict`` see what they always saw. ``load_state_dict`` takes the keys ``dw.weight``,
-    ``bn1.weight``, ... and also ``dw.0.weight`` (convolution) with ``dw.1.weight`` (BN), likewise ``pw.0`` and ``pw.1``.
+    ``bn1.weight``, ... and also ``dw.0.weight`` (convolution) with ``dw.1.weight`` (BN), likewise ``pw.0``, ``pw.1``.
 
     Args:
         in_channels, out_channels: channels of the input and the output map.
@@ -37,7 +37,8 @@ class DepthwiseSeparableBlock(nn.Module):
         padding: an int, ``(pad_h, pad_w)``, ``(left, right, top, bottom)`` as in ``F.pad``, or ``"same"``, which is
             TensorFlow's SAME (output ``ceil(size / stride)``, an odd zero at the right and bottom).
         dilation: distance of the kernel's taps, in pixels.
-        activation, pointwise_activation: ``"relu"``, ``"relu6"``, ``"hardswish"`` or ``"none"``, after ``bn1`` and ``bn2``.
+        activation, pointwise_activation: ``"relu"``, ``"relu6"``, ``"hardswish"`` or ``"none"``, after ``bn1`` and
+            ``bn2``.
         eps, momentum: of both BNs, as in ``nn.BatchNorm2d``.
 
     Shape:

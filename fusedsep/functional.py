@@ -13,11 +13,11 @@ from . import _kernel_path
 from ._activations import apply_activation, check_activation
 from ._checks import check_positive_int
 from ._fold import fold_tensors
-from ._padding import PaddingArgument, Pads, output_size, parse_padding, resolve_padding
+from ._padding import NO_PADS, PaddingArgument, parse_padding
 
 
 class BatchNorm(NamedTuple):
-    """The numbers of a BatchNorm, in the order and with the defaults of ``nn.BatchNorm2d``; each tensor has C entries."""
+    """The numbers of a BatchNorm over C channels: four ``Tensor[C]``, eps and momentum as in ``nn.BatchNorm2d``."""
 
     weight: torch.Tensor | None
     bias: torch.Tensor | None
@@ -67,7 +67,7 @@ def depthwise_separable_conv2d(
         pw_weight: ``Tensor[O, C, 1, 1]``.
         bn2: the same over O channels.
         dw_bias, pw_bias: ``Tensor[C]`` and ``Tensor[O]``, added before the BN. Default: none.
-        stride: of the depthwise convolution, in pixels. Default: 1.
+        stride: of the depthwise convolution, in pixels; above 2 ATen runs it. Default: 1.
         padding: zeros around ``x`` in pixels: an int, ``(pad_h, pad_w)``, ``(left, right, top, bottom)`` as in
             ``F.pad``, or ``"same"``, which is TensorFlow's SAME. Default: 1.
         dilation: distance of the 3x3 kernel's taps, in pixels. Default: 1.
@@ -81,8 +81,8 @@ def depthwise_separable_conv2d(
         ``Ho = (H + top + bottom - 2 * dilation - 1) // stride + 1``.
 
     Raises:
-        TypeError: an argument is not of the type above.
-        ValueError: a shape, dtype, device or number does not fit, an activation is unknown, or training saw one value
+        TypeError: an argument is not of the type above, or a weight has another dtype than ``x``.
+        ValueError: a shape, device or number does not fit, an activation is unknown, or training saw one value
             per channel. The message names the argument.
 
     Source: A. Howard et al., "MobileNets", 2017, section 3.1; S. Ioffe, C. Szegedy, "Batch Normalization", 2015.
@@ -96,18 +96,14 @@ def depthwise_separable_conv2d(
     _check_batch_norm(bn1, dw_weight.shape[0], "bn1", training)
     _check_batch_norm(bn2, pw_weight.shape[0], "bn2", training)
 
-    height, width = x.shape[-2:]
-    pads = resolve_padding(parsed_padding, height, width, stride, dilation)
-    out_height = output_size(height, pads.top, pads.bottom, stride, dilation)
-    out_width = output_size(width, pads.left, pads.right, stride, dilation)
-    if min(height, width, out_height, out_width) < 1:
-        raise ValueError(
-            f"x must have a map that the 3x3 kernel with dilation {dilation} fits into, "
-            f"got {height}x{width} with padding={padding!r}"
-        )
-
+    pads = _kernel_path.checked_pads(parsed_padding, NO_PADS, stride, dilation, *x.shape[-2:])
     tensors = (dw_weight, dw_bias, pw_weight, pw_bias, *_tensors_of(bn1), *_tensors_of(bn2))
-    if _is_affine(bn1, training) and _is_affine(bn2, training) and _kernel_path.applies_to_tensors(x, *tensors):
+    if (
+        stride <= 2
+        and _is_affine(bn1, training)
+        and _is_affine(bn2, training)
+        and _kernel_path.applies_to_tensors(x, *tensors)
+    ):
         return _kernel_path.run_folded(
             x,
             *fold_tensors(dw_weight, dw_bias, bn1),
@@ -164,7 +160,7 @@ def _check_tensors(
     if x.dim() not in (3, 4):
         raise ValueError(f"x must have shape [N, C, H, W] or [C, H, W], got {list(x.shape)}")
     if not x.is_floating_point():
-        raise ValueError(f"x must be floating point, got {x.dtype}")
+        raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
     channels = x.shape[-3]
     if tuple(dw_weight.shape) != (channels, 1, 3, 3):
         raise ValueError(
@@ -177,11 +173,16 @@ def _check_tensors(
     _check_vector(pw_bias, pw_weight.shape[0], "pw_bias")
 
     autocast = torch.is_autocast_enabled(x.device.type)
-    for name, tensor in (("dw_weight", dw_weight), ("dw_bias", dw_bias), ("pw_weight", pw_weight), ("pw_bias", pw_bias)):
+    for name, tensor in (
+        ("dw_weight", dw_weight),
+        ("dw_bias", dw_bias),
+        ("pw_weight", pw_weight),
+        ("pw_bias", pw_bias),
+    ):
         if tensor is None:
             continue
         if tensor.dtype != x.dtype and not autocast:
-            raise ValueError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The two listings of the article that this package starts from, in our words; they import nothing of the package.
 
-The article's full listing writes ``nn.Conv2d(in_channels, 64, ..., groups=4)`` for the depthwise convolution, which does
-not run; ``nn.Conv2d(in_channels, in_channels, ..., groups=in_channels)`` is meant and stands here.
+The article's full listing writes ``nn.Conv2d(in_channels, 64, ..., groups=4)`` for the depthwise convolution, which
+does not run; ``nn.Conv2d(in_channels, in_channels, ..., groups=in_channels)`` is meant and stands here.
 """
 
 from __future__ import annotations

@@ -173,9 +173,7 @@ def test_one_value_per_channel_in_training_raises():
 
 def test_from_modules_shares_parameters_and_buffers():
     source = randomized(FullBlock(5, 7, 2)).double().eval()
-    block = DepthwiseSeparableBlock.from_modules(
-        source.dw[0], source.dw[1], "relu", source.pw[0], source.pw[1], "relu"
-    )
+    block = DepthwiseSeparableBlock.from_modules(source.dw[0], source.dw[1], "relu", source.pw[0], source.pw[1], "relu")
     assert not block.training
     assert {id(tensor) for tensor in block.state_dict(keep_vars=True).values()} == {
         id(tensor) for tensor in source.state_dict(keep_vars=True).values()
@@ -240,7 +238,11 @@ def test_from_modules_names_what_does_not_fit(changed, error, message):
         ({"padding": (1, 2, 3)}, TypeError, r"padding must be an int, .* got \(1, 2, 3\)"),
         ({"padding": 1.5}, TypeError, r"padding must be an int, .* got 1\.5"),
         ({"padding": "valid"}, ValueError, "padding must be .* or 'same', got 'valid'"),
-        ({"activation": "tanh"}, ValueError, "activation must be one of 'none', 'relu', 'relu6', 'hardswish', got 'tanh'"),
+        (
+            {"activation": "tanh"},
+            ValueError,
+            "activation must be one of 'none', 'relu', 'relu6', 'hardswish', got 'tanh'",
+        ),
         ({"pointwise_activation": 3}, ValueError, "pointwise_activation must be one of .* got 3"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from article import MobileNet
 
-from fusedsep import DepthwiseSeparableBlock, MobileNetV1, complexity, reference
+from fusedsep import DepthwiseSeparableBlock, MobileNetV1, complexity, fuse, reference
 
 KINDS = pytest.mark.parametrize("kind", [MobileNetV1, reference.MobileNetV1], ids=["fused", "reference"])
 
@@ -22,6 +22,11 @@ def test_the_four_widths(kind, width_multiplier, mult_adds, parameters):
     result = complexity(kind(width_multiplier=width_multiplier), 224)
     assert round(result.mult_adds / 1e6) == mult_adds
     assert round(result.parameters / 1e6, 1) == parameters
+
+
+def test_fusing_changes_no_count():
+    model = reference.MobileNetV1(width_multiplier=0.25, padding="same")
+    assert complexity(fuse(model), 64) == complexity(model, 64)
 
 
 @pytest.mark.parametrize(("resolution", "mult_adds"), [(224, 569), (192, 418), (160, 290), (128, 186)])
@@ -77,6 +82,12 @@ def test_a_separable_block_beside_its_standard_convolution():
     assert block.separable[0].standard_parameters == standard.parameters
 
 
+def test_a_depthwise_and_a_pointwise_convolution_on_other_maps_are_no_pair():
+    depthwise, pointwise = nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1)
+    assert len(complexity(nn.Sequential(depthwise, nn.ReLU(), pointwise), (8, 9, 9)).separable) == 1
+    assert complexity(nn.Sequential(depthwise, nn.MaxPool2d(2), pointwise), (8, 9, 9)).separable == ()
+
+
 @pytest.mark.parametrize(
     ("layer", "input_size", "kind", "mult_adds"),
     [
@@ -115,20 +126,17 @@ class _NeedsValues(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(3, 5, 1)
-        self.scale = torch.tensor(2.0)
+        self.plain_tensor = torch.tensor([2.0, 3.0, 4.0]).view(3, 1, 1)
 
     def forward(self, x):
-        return self.conv(x * self.scale) if float(x.sum()) == 0 else x
+        return self.conv(x * self.plain_tensor) if float(x.sum()) == 0 else x
 
 
-class _HoldsPlainTensor(_NeedsValues):
-    def forward(self, x):
-        return self.conv(x * self.scale)
-
-
-@pytest.mark.parametrize("model", [_NeedsValues, _HoldsPlainTensor])
-def test_models_that_are_more_than_modules(model):
-    assert complexity(model(), 4).mult_adds == 3 * 5 * 16
+def test_a_model_that_needs_values_is_counted_and_comes_back_unchanged():
+    model = _NeedsValues()
+    assert complexity(model, 4).mult_adds == 3 * 5 * 16
+    assert model.training
+    assert not model.conv._forward_hooks
 
 
 @KINDS

@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from randomize import randomized
 
-from fusedsep import DepthwiseSeparableBlock, depthwise_separable_conv2d
+from fusedsep import DepthwiseSeparableBlock, _kernel_path, depthwise_separable_conv2d
 from fusedsep.functional import BatchNorm
 
 
@@ -152,6 +152,27 @@ def test_gradients(training):
     assert torch.autograd.gradcheck(function, [tensor.requires_grad_() for tensor in inputs])
 
 
+def test_the_kernels_run_wherever_the_weights_are_fixed_and_no_gradient_is_wanted(monkeypatch):
+    calls = []
+    run_folded = _kernel_path.run_folded
+    monkeypatch.setattr(_kernel_path, "run_folded", lambda *args: calls.append(1) or run_folded(*args))
+    x, dw_weight, pw_weight = random(2, 5, 8, 7), random(5, 1, 3, 3), random(6, 5, 1, 1)
+    bn1 = batch_norm_numbers(5, 10)
+
+    def kernel_calls(x, bn1, pw_weight, **options):
+        calls.clear()
+        depthwise_separable_conv2d(x, dw_weight, bn1, pw_weight, **options)
+        return len(calls)
+
+    assert kernel_calls(x, bn1, pw_weight) == 1
+    assert kernel_calls(x, bn1, pw_weight, stride=3) == 0
+    assert kernel_calls(x, bn1, pw_weight, training=True) == 0
+    assert kernel_calls(x, BatchNorm(None, None, None, None), pw_weight) == 0
+    assert kernel_calls(x, bn1, pw_weight.requires_grad_()) == 0
+    with torch.no_grad():
+        assert kernel_calls(x, bn1, pw_weight) == 1
+
+
 def test_runs_under_vmap_of_gradients():
     dw_weight, pw_weight = random(3, 1, 3, 3), random(2, 3, 1, 1)
 
@@ -169,18 +190,34 @@ def test_runs_under_vmap_of_gradients():
     [
         ({"x": [1.0]}, TypeError, r"x must be a torch\.Tensor, got list"),
         ({"x": torch.zeros(5, 8)}, ValueError, r"x must have shape \[N, C, H, W\] or \[C, H, W\], got \[5, 8\]"),
-        ({"x": torch.zeros(1, 5, 8, 7, dtype=torch.int32)}, ValueError, r"x must be floating point, got torch\.int32"),
+        (
+            {"x": torch.zeros(1, 5, 8, 7, dtype=torch.int32)},
+            TypeError,
+            r"x must be a floating-point tensor, got .*int32",
+        ),
         ({"x": torch.zeros(1, 4, 8, 7)}, ValueError, r"dw_weight must have shape \[4, 1, 3, 3\] .* got \[5, 1, 3, 3\]"),
-        ({"x": torch.zeros(1, 5, 0, 7)}, ValueError, "x must have a map .* got 0x7"),
-        ({"padding": 0, "x": torch.zeros(1, 5, 8, 2)}, ValueError, "x must have a map .* got 8x2 with padding=0"),
+        ({"x": torch.zeros(1, 5, 0, 7)}, ValueError, "x must hold the 3x3 kernel .* 0 x 7"),
+        (
+            {"padding": 0, "x": torch.zeros(1, 5, 8, 2)},
+            ValueError,
+            "x must hold the 3x3 kernel .* 8 x 2 with padding=0",
+        ),
         ({"dw_weight": None}, TypeError, r"dw_weight must be a torch\.Tensor, got NoneType"),
         ({"dw_weight": torch.zeros(5, 5, 3, 3)}, ValueError, r"dw_weight must have shape .* got \[5, 5, 3, 3\]"),
-        ({"dw_weight": torch.zeros(5, 1, 3, 3).double()}, ValueError, "dw_weight must have the dtype of x, .*float64"),
+        ({"dw_weight": torch.zeros(5, 1, 3, 3).double()}, TypeError, "dw_weight must have the dtype of x, .*float64"),
         ({"pw_weight": torch.zeros(6, 5)}, ValueError, r"pw_weight must have shape \[O, 5, 1, 1\], got \[6, 5\]"),
-        ({"pw_weight": torch.zeros(6, 5, 1, 1, device="meta")}, ValueError, "pw_weight must be on the device of x, cpu"),
+        (
+            {"pw_weight": torch.zeros(6, 5, 1, 1, device="meta")},
+            ValueError,
+            "pw_weight must be on the device of x, cpu",
+        ),
         ({"dw_bias": torch.zeros(6)}, ValueError, r"dw_bias must have shape \[5\], got \[6\]"),
         ({"pw_bias": 0.0}, TypeError, r"pw_bias must be a torch\.Tensor or None, got float"),
-        ({"bn1": nn.Identity()}, TypeError, r"bn1 must be functional\.BatchNorm, nn\.BatchNorm2d or None, got Identity"),
+        (
+            {"bn1": nn.Identity()},
+            TypeError,
+            r"bn1 must be functional\.BatchNorm, nn\.BatchNorm2d or None, got Identity",
+        ),
         ({"bn1": nn.BatchNorm2d(6)}, ValueError, r"bn1\.weight must have shape \[5\], got \[6\]"),
         ({"bn2": BatchNorm(None, None, torch.zeros(6), None)}, ValueError, "bn2 must have both running_mean and"),
         (

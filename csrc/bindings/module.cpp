@@ -8,7 +8,6 @@
 
 #include <optional>
 
-#include "fingerprint.h"
 #include "fusedsep_build_info.h"
 #include "geometry.h"
 #include "run.h"
@@ -25,8 +24,9 @@ template <typename T>
 Array<T> separable_conv2d(const Array<T>& x, const Array<T>& dw_weight, const std::optional<Array<double>>& dw_bias,
                           const Array<T>& pw_weight, const std::optional<Array<double>>& pw_bias,
                           const std::array<int64_t, 4>& pads, int64_t stride, int64_t dilation, int64_t activation,
-                          int64_t pointwise_activation, bool channels_last, const std::string& isa_name, int64_t threads,
-                          int64_t tiles_per_image, std::optional<bool> share_tiles, std::optional<Array<T>> out) {
+                          int64_t pointwise_activation, bool channels_last, const std::string& isa_name,
+                          int64_t threads, int64_t tiles_per_image, std::optional<bool> share_tiles,
+                          std::optional<Array<T>> out) {
   const Geometry g{stride, dilation, pads[0], pads[1], pads[2], pads[3], activation, pointwise_activation};
   check_geometry(g);
   check_range("threads", threads, 1, 1 << 16);
@@ -73,9 +73,10 @@ Array<T> separable_conv2d(const Array<T>& x, const Array<T>& dw_weight, const st
   Workspace packed;
   T* weights = static_cast<T*>(
       packed.get(size_t(kernels.packed_size(params.in_channels, params.out_channels, channels_last)) * sizeof(T)));
-  kernels.pack({dw_weight.data(), nullptr, dw_bias.has_value() ? dw_bias->data() : nullptr, pw_weight.data(), nullptr,
-                pw_bias.has_value() ? pw_bias->data() : nullptr, params.in_channels, params.out_channels, channels_last},
-               weights);
+  kernels.pack(
+      {dw_weight.data(), nullptr, dw_bias.has_value() ? dw_bias->data() : nullptr, pw_weight.data(), nullptr,
+       pw_bias.has_value() ? pw_bias->data() : nullptr, params.in_channels, params.out_channels, channels_last},
+      weights);
   params.x = x.data();
   params.y = y.mutable_data();
   params.packed = weights;
@@ -83,6 +84,7 @@ Array<T> separable_conv2d(const Array<T>& x, const Array<T>& dw_weight, const st
   if (tiles_per_image > 0) {
     const int64_t pixels = params.out_height * params.out_width;
     check_range("tiles_per_image", tiles_per_image, (pixels + kMaxTilePixels - 1) / kMaxTilePixels, pixels);
+    plan.unit = 1;
     plan.tiles_per_image = tiles_per_image;
   }
   if (share_tiles.has_value()) plan.share_tiles = *share_tiles;
@@ -97,12 +99,23 @@ Array<T> separable_conv2d(const Array<T>& x, const Array<T>& dw_weight, const st
 template <typename T>
 void define_separable_conv2d(py::module_& m) {
   using namespace py::literals;
-  m.def("separable_conv2d", &separable_conv2d<T>, "x"_a.noconvert(), "dw_weight"_a.noconvert(), "dw_bias"_a,
-        "pw_weight"_a.noconvert(), "pw_bias"_a, py::kw_only(), "pads"_a = std::array<int64_t, 4>{1, 1, 1, 1},
-        "stride"_a = 1, "dilation"_a = 1, "activation"_a = 1, "pointwise_activation"_a = 1, "channels_last"_a = false,
-        "isa"_a, "threads"_a = 1, "tiles_per_image"_a = 0, "share_tiles"_a = std::nullopt, "out"_a = std::nullopt,
-        "The kernels on NumPy arrays: x is (N, C, H, W), or (N, H, W, C) with channels_last; pads are left, right, top, "
-        "bottom. `threads`, `tiles_per_image` and `share_tiles` choose the split, which runs in this thread.");
+  m.def(
+      "separable_conv2d", &separable_conv2d<T>, "x"_a.noconvert(), "dw_weight"_a.noconvert(), "dw_bias"_a,
+      "pw_weight"_a.noconvert(), "pw_bias"_a, py::kw_only(), "pads"_a = std::array<int64_t, 4>{1, 1, 1, 1},
+      "stride"_a = 1, "dilation"_a = 1, "activation"_a = 1, "pointwise_activation"_a = 1, "channels_last"_a = false,
+      "isa"_a, "threads"_a = 1, "tiles_per_image"_a = 0, "share_tiles"_a = std::nullopt,
+      "out"_a.noconvert() = std::nullopt,
+      "The kernels on NumPy arrays: x is (N, C, H, W), or (N, H, W, C) with channels_last; pads are left, right, top, "
+      "bottom. `threads`, `tiles_per_image` and `share_tiles` choose the split, which runs in this thread.");
+}
+
+uint64_t fingerprint(const std::vector<std::pair<uintptr_t, size_t>>& memory) {
+  const Isa& isa = active_isa();
+  uint64_t hash = memory.size();
+  for (const auto& [address, bytes] : memory) {
+    hash = isa.fingerprint(reinterpret_cast<const void*>(address), bytes, hash);
+  }
+  return hash;
 }
 
 std::string compiler() {

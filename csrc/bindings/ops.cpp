@@ -24,7 +24,8 @@ template <typename T>
 constexpr ScalarType kScalarType = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
 
 template <size_t kRank>
-Tensor empty_strided(const std::array<int64_t, kRank>& sizes, const std::array<int64_t, kRank>& strides, ScalarType dtype) {
+Tensor empty_strided(const std::array<int64_t, kRank>& sizes, const std::array<int64_t, kRank>& strides,
+                     ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(kRank), sizes.data(), strides.data(), int32_t(dtype),
                                                   aoti_torch_device_type_cpu(), 0, &handle));
@@ -64,7 +65,8 @@ Tensor pack(const Tensor& dw_weight, const std::optional<Tensor>& dw_scale, cons
                   "dw_weight must be a contiguous CPU tensor of shape [C, 1, 3, 3]");
   const int64_t in_channels = dw_weight.size(0);
   STD_TORCH_CHECK(pw_weight.dim() == 4 && pw_weight.size(0) >= 1 && pw_weight.size(1) == in_channels &&
-                      pw_weight.size(2) == 1 && pw_weight.size(3) == 1 && pw_weight.is_contiguous() && pw_weight.is_cpu(),
+                      pw_weight.size(2) == 1 && pw_weight.size(3) == 1 && pw_weight.is_contiguous() &&
+                      pw_weight.is_cpu(),
                   "pw_weight must be a contiguous CPU tensor of shape [N, ", in_channels, ", 1, 1]");
   const int64_t out_channels = pw_weight.size(0);
   STD_TORCH_CHECK(pw_weight.scalar_type() == dw_weight.scalar_type(), "pw_weight must have the dtype of dw_weight");
@@ -146,13 +148,12 @@ Tensor separable_conv2d_as(const Tensor& x, const Tensor& packed, int64_t out_ch
 Tensor separable_conv2d(const Tensor& x, const Tensor& packed, int64_t out_channels, int64_t stride, int64_t dilation,
                         int64_t pad_left, int64_t pad_right, int64_t pad_top, int64_t pad_bottom, int64_t activation,
                         int64_t pointwise_activation, bool channels_last) {
-  const Geometry geometry{stride,  dilation,   pad_left,   pad_right,
-                          pad_top, pad_bottom, activation, pointwise_activation};
+  const Geometry geometry{stride, dilation, pad_left, pad_right, pad_top, pad_bottom, activation, pointwise_activation};
   check_geometry(geometry);
   check_range("out_channels", out_channels, 1, int64_t(1) << 40);
   STD_TORCH_CHECK(x.dim() == 4 && x.size(1) >= 1 && x.is_cpu(), "x must be a CPU tensor of shape [N, C, H, W]");
-  STD_TORCH_CHECK(is_dense(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, channels_last),
-                  "x must be contiguous in ", channels_last ? "channels_last" : "NCHW", " memory format");
+  STD_TORCH_CHECK(is_dense(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, channels_last), "x must be contiguous in ",
+                  channels_last ? "channels_last" : "NCHW", " memory format");
   if (x.scalar_type() == ScalarType::Float) {
     return separable_conv2d_as<float>(x, packed, out_channels, geometry, channels_last);
   }

@@ -75,11 +75,13 @@ void run_separable(const SeparableKernels<T>& kernels, const SeparableParams<T>&
   const int64_t out_pixels = params.out_height * params.out_width, tiles = plan.tiles_per_image;
   const int64_t jobs = params.batch * tiles;
   if (jobs == 0) return;
+  const int64_t units = (out_pixels + plan.unit - 1) / plan.unit;
+  const int64_t most_pixels = (units + tiles - 1) / tiles * plan.unit;
   const int64_t scratch_size =
-      (kernels.scratch_size(params.in_channels, (out_pixels + tiles - 1) / tiles, params.channels_last) + 15) / 16 * 16;
+      (kernels.scratch_size(params.in_channels, most_pixels, params.channels_last) + 15) / 16 * 16;
   const auto tile_at = [&](int64_t job) {
-    const int64_t i = job % tiles;
-    return Tile{job / tiles, i * out_pixels / tiles, (i + 1) * out_pixels / tiles};
+    const Range pixels = tile_pixels(plan, out_pixels, job % tiles);
+    return Tile{job / tiles, pixels.begin, pixels.end};
   };
   const int64_t panels = kernels.panel_count(params.out_channels, params.channels_last);
 

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // AVX2 and FMA.
-#include "vec_avx2.h"
-
+#include "fingerprint-inl.h"
 #include "isa.h"
 #include "separable-inl.h"
+#include "vec_avx2.h"
 
 namespace fusedsep {
 
 const Isa& avx2_isa() {
-  static const Isa isa{"avx2", separable_kernels<Avx2F32>(), separable_kernels<Avx2F64>()};
+  static const Isa isa{"avx2", separable_kernels<Avx2F32>(), separable_kernels<Avx2F64>(), fingerprint};
   return isa;
 }
 

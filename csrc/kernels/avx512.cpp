@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // AVX-512F.
-#include "vec_avx512.h"
-
+#include "fingerprint-inl.h"
 #include "isa.h"
 #include "separable-inl.h"
+#include "vec_avx512.h"
 
 namespace fusedsep {
 
 const Isa& avx512_isa() {
-  static const Isa isa{"avx512", separable_kernels<Avx512F32>(), separable_kernels<Avx512F64>()};
+  static const Isa isa{"avx512", separable_kernels<Avx512F32>(), separable_kernels<Avx512F64>(), fingerprint};
   return isa;
 }
 

@@ -3,7 +3,8 @@
 // The depthwise stage of one tile, written straight into the layout that the pointwise product reads (layout-inl.h):
 // pixels as row blocks in channels_last, pixels as column panels in NCHW.
 //
-// Borders: a tap row outside the map is left out, a tap column outside the map loads zeros; nothing is copied for padding.
+// Borders: a tap row outside the map is left out, a tap column outside the map loads zeros; nothing is copied for
+// padding.
 #pragma once
 
 #include "activation-inl.h"
@@ -18,7 +19,7 @@ namespace {
 // Up to kTileRows neighbouring output pixels of one output row, one vector of channels.
 template <typename T>
 struct Segment {
-  const T* row[3];     // x at the segment's first tap column, channel 0, for the three tap rows; null: outside the map
+  const T* row[3];  // x at the segment's first tap column, channel 0, for the three tap rows; null: outside the map
   int64_t first_column;  // input column of the first tap; may be negative
   int64_t width;         // input columns
   int64_t pixel_stride;  // elements between input columns: in_channels
@@ -43,28 +44,29 @@ __attribute__((noinline)) void depthwise_segment(const Segment<typename V::T>& s
   using T = typename V::T;
   constexpr int L = V::kLanes;
   const int64_t step = segment.pixel_stride;
+  const V bias = V::load(weights);
   V sum[M];
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) sum[m] = V::load(weights);
+  FUSEDSEP_UNROLL(16)
+  for (int m = 0; m < M; ++m) sum[m] = V::zero();
   for (int u = 0; u < 3; ++u) {
     weights += u == 0 ? L : 3 * L;
     if (segment.row[u] == nullptr) continue;
     const T* x = segment.row[u] + channel;
     if constexpr (kTaps == Taps::kUnit) {
       V column[M + 2];
-#pragma GCC unroll 16
+      FUSEDSEP_UNROLL(16)
       for (int m = 0; m < M + 2; ++m) column[m] = V::load(x + m * step);
-#pragma GCC unroll 3
+      FUSEDSEP_UNROLL(3)
       for (int v = 0; v < 3; ++v) {
         const V weight = V::load(weights + v * L);
-#pragma GCC unroll 16
+        FUSEDSEP_UNROLL(16)
         for (int m = 0; m < M; ++m) sum[m] = V::fma(column[m + v], weight, sum[m]);
       }
     } else {
-#pragma GCC unroll 3
+      FUSEDSEP_UNROLL(3)
       for (int v = 0; v < 3; ++v) {
         const V weight = V::load(weights + v * L);
-#pragma GCC unroll 16
+        FUSEDSEP_UNROLL(16)
         for (int m = 0; m < M; ++m) {
           const int64_t offset = m * segment.stride + v * segment.dilation;
           V value = V::zero();
@@ -78,8 +80,8 @@ __attribute__((noinline)) void depthwise_segment(const Segment<typename V::T>& s
       }
     }
   }
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) activate(segment.activation, sum[m]).store(out + m * L);
+  FUSEDSEP_UNROLL(16)
+  for (int m = 0; m < M; ++m) activate(segment.activation, V::add(bias, sum[m])).store(out + m * L);
 }
 
 template <class V>
@@ -141,14 +143,14 @@ void depthwise_channels_last(const SeparableParams<typename V::T>& p, const Tile
         }
         const int64_t last_column = segment.first_column + (count - 1) * p.stride + 2 * p.dilation;
         const bool columns_inside = segment.first_column >= 0 && last_column < p.width;
-        const Taps taps = !columns_inside                          ? Taps::kChecked
+        const Taps taps = !columns_inside                    ? Taps::kChecked
                           : p.stride == 1 && p.dilation == 1 ? Taps::kUnit
                                                              : Taps::kInside;
         T* out = scratch + block.begin * padded + done * L;
         for (int64_t c = group; c < group_end; c += L) {
           const bool whole = c + L <= channels;
-          kKernels.table[int(whole ? taps : Taps::kChecked)][count - 1](segment, c, whole ? all : tail, weights + 10 * c,
-                                                                        out + c * block.size);
+          kKernels.table[int(whole ? taps : Taps::kChecked)][count - 1](segment, c, whole ? all : tail,
+                                                                        weights + 10 * c, out + c * block.size);
         }
         done += count;
         j += count;
@@ -160,40 +162,67 @@ void depthwise_channels_last(const SeparableParams<typename V::T>& p, const Tile
 
 // ------------------------------------------------------------------------------------------------------------- NCHW
 
-// Output columns [begin, end) of one output row and channel into `out`, which may be written up to a vector too far.
-// Lanes hold neighbouring output columns.
+template <class V, int kStride>
+struct TapMask {
+  typename V::EvenMask lanes;
+};
+template <class V>
+struct TapMask<V, 1> {
+  typename V::Mask lanes;
+};
+
+// Which lanes of one vector of output columns find each of the three tap columns inside the map.
+template <class V, int kStride>
+struct ColumnMasks {
+  TapMask<V, kStride> tap[3];
+
+  // Output columns from `j` on.
+  static ColumnMasks at(int64_t j, int64_t width, int64_t pad_left, int64_t dilation) {
+    ColumnMasks masks;
+    for (int v = 0; v < 3; ++v) {
+      const int64_t column = j * kStride - pad_left + v * dilation;
+      if constexpr (kStride == 1) {
+        masks.tap[v].lanes = V::mask(-column, width - column);
+      } else {
+        masks.tap[v].lanes = V::even_mask(-column, width - column);
+      }
+    }
+    return masks;
+  }
+};
+
+// Output columns from `begin` until `end` is covered, of one output row and channel, to out[begin ...]. Lanes hold
+// neighbouring output columns; `masks` belong to the vectors in order.
 template <class V, int kStride>
 FUSEDSEP_INLINE void depthwise_row(const typename V::T* const row[3], int64_t width, int64_t pad_left, int64_t dilation,
-                                   const V& bias, const V weight[9], Activation activation, int64_t begin, int64_t end,
-                                   typename V::T* out) {
+                                   const ColumnMasks<V, kStride>* masks, const V& bias, const V weight[9],
+                                   Activation activation, int64_t begin, int64_t end, typename V::T* out) {
   constexpr int L = V::kLanes;
-  // Columns that the lanes of one vector span beyond the first.
-  constexpr int64_t kSpan = (L - 1) * kStride;
-  for (int64_t j = begin; j < end; j += L) {
+  constexpr int64_t kSpan = (L - 1) * kStride;  // columns that the lanes of one vector span beyond the first
+  for (int64_t j = begin; j < end; j += L, ++masks) {
     const int64_t first = j * kStride - pad_left;
     const bool inside = first >= 0 && first + kSpan + 2 * dilation < width;
-    V sum = bias;
-#pragma GCC unroll 3
+    V sum = V::zero();
+    FUSEDSEP_UNROLL(3)
     for (int u = 0; u < 3; ++u) {
       if (row[u] == nullptr) continue;
-#pragma GCC unroll 3
+      FUSEDSEP_UNROLL(3)
       for (int v = 0; v < 3; ++v) {
-        const int64_t column = first + v * dilation;
-        const typename V::T* x = row[u] + column;
+        const typename V::T* x = row[u] + first + v * dilation;
         V value;
         if constexpr (kStride == 1) {
-          value = inside ? V::load(x) : V::load(x, V::mask(-column, width - column));
+          value = inside ? V::load(x) : V::load(x, masks->tap[v].lanes);
         } else {
-          value = inside ? V::load_even(x) : V::load_even(x, -column, width - column);
+          value = inside ? V::load_even(x) : V::load_even(x, masks->tap[v].lanes);
         }
         sum = V::fma(value, weight[3 * u + v], sum);
       }
     }
-    activate(activation, sum).store(out + (j - begin));
+    activate(activation, V::add(bias, sum)).store(out + j);
   }
 }
 
-template <class V>
+template <class V, int kStride>
 void depthwise_nchw(const SeparableParams<typename V::T>& p, const Tile& tile, int64_t channel_begin,
                     int64_t channel_end, typename V::T* scratch) {
   using T = typename V::T;
@@ -201,7 +230,20 @@ void depthwise_nchw(const SeparableParams<typename V::T>& p, const Tile& tile, i
   const int64_t pixels = tile.end - tile.begin, padded = round_up(pixels, L);
   const int64_t first_row = tile.begin / p.out_width, last_row = (tile.end - 1) / p.out_width;
   const T* weights = p.packed + PackedLayout<V>(p.in_channels, p.out_channels, false).depthwise;
-  alignas(64) T line[kMaxTilePixels + L];  // h of one channel, in order of pixels; rows may end a vector too far
+
+  // h of one channel, in order of pixels. A row starts and ends with whole vectors: what sticks out in front of the
+  // tile lands in the first L elements, what sticks out behind a row is overwritten by the next one.
+  alignas(64) T line[L + kMaxTilePixels + L];
+
+  // The masks of a row's vectors are those of every row and channel. A tile of more than one row holds whole rows,
+  // which are then short; within one row it may start at any vector.
+  ColumnMasks<V, kStride> masks[kMaxTilePixels / L + 2];
+  const int64_t first_column = tile.begin - first_row * p.out_width;
+  const int64_t masks_begin = first_row == last_row ? first_column / L * L : 0;
+  const int64_t masks_end = first_row == last_row ? first_column + pixels : p.out_width;
+  for (int64_t j = masks_begin; j < masks_end; j += L) {
+    masks[(j - masks_begin) / L] = ColumnMasks<V, kStride>::at(j, p.width, p.pad_left, p.dilation);
+  }
 
   for (int64_t c = channel_begin; c < channel_end; ++c) {
     const T* map = p.x + (tile.image * p.in_channels + c) * p.height * p.width;
@@ -209,28 +251,23 @@ void depthwise_nchw(const SeparableParams<typename V::T>& p, const Tile& tile, i
     V weight[9];
     for (int t = 0; t < 9; ++t) weight[t] = V::broadcast(weights[10 * c + 1 + t]);
 
-    T* out = line;
     for (int64_t i = first_row; i <= last_row; ++i) {
       const T* row[3];
       for (int u = 0; u < 3; ++u) {
-        const int64_t r = i * p.stride - p.pad_top + u * p.dilation;
+        const int64_t r = i * kStride - p.pad_top + u * p.dilation;
         row[u] = r >= 0 && r < p.height ? map + r * p.width : nullptr;
       }
-      const int64_t begin = i == first_row ? tile.begin - i * p.out_width : 0;
+      const int64_t begin = i == first_row ? first_column / L * L : 0;
       const int64_t end = i == last_row ? tile.end - i * p.out_width : p.out_width;
-      if (p.stride == 1) {
-        depthwise_row<V, 1>(row, p.width, p.pad_left, p.dilation, bias, weight, p.activation, begin, end, out);
-      } else {
-        depthwise_row<V, 2>(row, p.width, p.pad_left, p.dilation, bias, weight, p.activation, begin, end, out);
-      }
-      out += end - begin;
+      depthwise_row<V, kStride>(row, p.width, p.pad_left, p.dilation, masks + (begin - masks_begin) / L, bias, weight,
+                                p.activation, begin, end, line + L + (i * p.out_width - tile.begin));
     }
-    V::zero().store(out);  // lanes behind the last pixel are multiplied too, though never stored in y
+    V::zero().store(line + L + pixels);  // lanes behind the last pixel are multiplied too, though never stored in y
 
     for (int64_t q = 0; q < padded; q += Tiling<V>::kTileColumns) {
       const int64_t panel_width = min_of(Tiling<V>::kTileColumns, padded - q);
       T* panel = scratch + q * p.in_channels + c * panel_width;
-      for (int64_t v = 0; v < panel_width; v += L) V::load(line + q + v).store(panel + v);
+      for (int64_t v = 0; v < panel_width; v += L) V::load(line + L + q + v).store(panel + v);
     }
   }
 }

@@ -10,14 +10,14 @@
 
 // The one list of ISAs, worst first: X(name, processor can run it, chosen by default).
 #if defined(__x86_64__)
-#define FUSEDSEP_ISAS(X)                                                                \
-  X(portable, true, true)                                                               \
-  X(portable16, true, false)                                                            \
-  X(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), true)        \
+#define FUSEDSEP_ISAS(X)                                                         \
+  X(portable, true, true)                                                        \
+  X(portable16, true, false)                                                     \
+  X(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), true) \
   X(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx2"), true)
 #else
-#define FUSEDSEP_ISAS(X)    \
-  X(portable, true, true)   \
+#define FUSEDSEP_ISAS(X)  \
+  X(portable, true, true) \
   X(portable16, true, false)
 #endif
 

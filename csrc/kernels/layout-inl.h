@@ -17,7 +17,8 @@
 namespace fusedsep {
 namespace {
 
-// Register tiles. A microkernel holds kTileRows x kTileVectors accumulators, kTileVectors columns and one broadcast row:
+// Register tiles. A microkernel holds kTileRows x kTileVectors accumulators, kTileVectors columns and one broadcast
+// row:
 //   AVX2       6 x 2 + 2 + 1 = 15 of 16 registers
 //   AVX-512   14 x 2 + 2 + 1 = 31 of 32
 //   AArch64    6 x 2 vectors of two 4-lane registers: 24 + 4 + 1 = 29 of 32
@@ -40,7 +41,10 @@ struct Tiling {
 
   // One column panel of this depth stays in L1 (32 KiB on the smallest processors) beside the rows that stream past it.
   static constexpr int64_t kPanelBytes = 16 * 1024;
-  static constexpr int64_t kDepth = kPanelBytes / (kTileColumns * int64_t(sizeof(T))) / kLanes * kLanes;
+  // Sums longer than this are formed in parts. The rounding error of a sum grows with the length of its chains, and
+  // libraries cut theirs for the same reason as we do, the cache: a chain of 1024 would be less exact than they are.
+  static constexpr int64_t kChain = 128;
+  static constexpr int64_t kDepth = min_of(kChain, kPanelBytes / (kTileColumns * int64_t(sizeof(T))) / kLanes * kLanes);
   static_assert(kDepth >= kLanes, "a panel must hold at least one vector of k");
 
   // Rows of this many bytes stay in L2 (256 KiB on the smallest processors) while the column panels pass.

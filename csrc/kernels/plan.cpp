@@ -31,36 +31,44 @@ double depthwise_cycles(const PlanRequest& r, int64_t pixels, int64_t channels) 
 }  // namespace
 
 Plan make_plan(const PlanRequest& r) {
+  const int64_t unit = r.channels_last ? 1 : r.lanes;
+  if (r.batch == 0) return {1, unit, false};  // nothing to split, and the tile count below divides by the batch
   // Enough pixels to fill a register tile, however deep the reduction is.
   const int64_t least = r.channels_last ? r.tile_rows : r.tile_columns;
   const int64_t fitting = kTileBytes / (r.in_channels * r.element_size);
-  const int64_t most = std::min(std::max(fitting, least), kMaxTilePixels);
-  const int64_t fewest_tiles = ceil_div(r.out_pixels, most);
+  const int64_t most = std::min(std::max(fitting, least), kMaxTilePixels) / unit;  // units of a tile
+  const int64_t units = ceil_div(r.out_pixels, unit);
+  const int64_t fewest_tiles = ceil_div(units, most);
 
   // Whole tiles: take the tile count, up to one that gives every thread a few, whose slowest thread finishes first.
-  Plan best{fewest_tiles, false};
+  Plan best{fewest_tiles, unit, false};
   double best_cycles = -1;
-  const int64_t most_tiles = std::min(std::max(fewest_tiles, ceil_div(4 * r.threads, r.batch)),
-                                      ceil_div(r.out_pixels, least));
+  const int64_t most_tiles =
+      std::min(std::max(fewest_tiles, ceil_div(4 * r.threads, r.batch)), ceil_div(r.out_pixels, least));
   for (int64_t tiles = fewest_tiles; tiles <= std::max(most_tiles, fewest_tiles); ++tiles) {
-    const int64_t pixels = ceil_div(r.out_pixels, tiles);
+    const int64_t pixels = ceil_div(units, tiles) * unit;
     const double cycles = double(ceil_div(r.batch * tiles, r.threads)) *
                           (tile_cycles(r, pixels, r.out_channels) + depthwise_cycles(r, pixels, r.in_channels));
     if (best_cycles < 0 || cycles < best_cycles) {
-      best = {tiles, false};
+      best = {tiles, unit, false};
       best_cycles = cycles;
     }
   }
 
   // Shared tiles: two barriers a tile, but each thread reads only its part of the weights.
   if (r.threads > 1) {
-    const int64_t pixels = ceil_div(r.out_pixels, fewest_tiles);
+    const int64_t pixels = ceil_div(units, fewest_tiles) * unit;
     const double cycles = double(r.batch * fewest_tiles) *
                           (tile_cycles(r, pixels, ceil_div(r.out_channels, r.threads)) +
                            depthwise_cycles(r, pixels, ceil_div(r.in_channels, r.threads)) + 2 * kBarrierCycles);
-    if (cycles < best_cycles) best = {fewest_tiles, true};
+    if (cycles < best_cycles) best = {fewest_tiles, unit, true};
   }
   return best;
+}
+
+Range tile_pixels(const Plan& plan, int64_t out_pixels, int64_t i) {
+  const int64_t units = ceil_div(out_pixels, plan.unit), tiles = plan.tiles_per_image;
+  return {i * units / tiles * plan.unit, std::min((i + 1) * units / tiles * plan.unit, out_pixels)};
 }
 
 }  // namespace fusedsep

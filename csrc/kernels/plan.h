@@ -17,7 +17,10 @@ struct PlanRequest {
 
 struct Plan {
   int64_t tiles_per_image;
-  // false: threads take whole tiles (all channels). true: tiles one after the other, threads share the channels of each.
+  int64_t
+      unit;  // tiles hold whole units of pixels, the image's last tile the rest: lanes of a vector, or single pixels
+  // false: threads take whole tiles (all channels). true: tiles one after the other, threads share the channels of
+  // each.
   bool share_tiles;
 };
 
@@ -26,5 +29,12 @@ struct Plan {
 // A core is taken to do 2 * lanes multiply-adds a cycle and to read packed weights, which it cannot keep in its own
 // caches, at 16 bytes a cycle; the slower of the two bounds a tile. Meeting at a barrier costs 4000 cycles.
 Plan make_plan(const PlanRequest& request);
+
+struct Range {
+  int64_t begin, end;
+};
+
+// Pixels of tile `i` of an image; never empty while tiles_per_image is at most ceil(out_pixels / unit).
+Range tile_pixels(const Plan& plan, int64_t out_pixels, int64_t i);
 
 }  // namespace fusedsep

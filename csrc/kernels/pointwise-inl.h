@@ -13,12 +13,13 @@ namespace {
 // What one call of the microkernel does besides multiplying.
 template <typename T>
 struct Epilogue {
-  const T* bias;           // of the tile's first row or column; null: continue from what C holds
-  bool last;               // apply the activation
+  const T* bias;  // of the tile's first row or column
+  bool first;     // C holds nothing yet; otherwise the sums so far
+  bool last;      // add the bias and apply the activation
   Activation activation;
 };
 
-// C[0..M, 0..columns) (+)= R[0..M, 0..depth) Q[0..depth, 0..NV * kLanes)
+// C[0..M, 0..columns) = act(bias + (C + R[0..M, 0..depth) Q[0..depth, 0..NV * kLanes)))
 //
 // Registers: M x NV accumulators + NV columns + 1 broadcast. For each k: NV + M loads and M x NV FMAs, so that full
 // tiles are bound by the FMAs. Column tails store through a mask; row tails are instantiations with a smaller M.
@@ -30,36 +31,23 @@ __attribute__((noinline)) void microkernel(int64_t depth, const typename V::T* r
   const bool whole = column_count == NV * L;
   const auto mask = V::mask(0, column_count - (NV - 1) * L);  // of the last vector
   V sum[M][NV];
-  if (epilogue.bias != nullptr) {
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-      for (int n = 0; n < NV; ++n) {
-        sum[m][n] = kBiasPerRow ? V::broadcast(epilogue.bias[m]) : V::load(epilogue.bias + n * L);
-      }
-    }
-  } else {
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-      for (int n = 0; n < NV; ++n) {
-        const typename V::T* p = c + m * c_stride + n * L;
-        sum[m][n] = whole || n + 1 < NV ? V::load(p) : V::load(p, mask);
-      }
-    }
+  FUSEDSEP_UNROLL(16)
+  for (int m = 0; m < M; ++m) {
+    FUSEDSEP_UNROLL(4)
+    for (int n = 0; n < NV; ++n) sum[m][n] = V::zero();
   }
 
   while (depth > 0) {
     const int64_t steps = min_of(depth, L);
-#pragma GCC unroll 4
+    FUSEDSEP_UNROLL(1)
     for (int64_t k = 0; k < steps; ++k) {
       V column[NV];
-#pragma GCC unroll 4
+      FUSEDSEP_UNROLL(4)
       for (int n = 0; n < NV; ++n) column[n] = V::load(columns + n * L);
-#pragma GCC unroll 16
+      FUSEDSEP_UNROLL(16)
       for (int m = 0; m < M; ++m) {
         const V row = V::broadcast(rows[m * L]);
-#pragma GCC unroll 4
+        FUSEDSEP_UNROLL(4)
         for (int n = 0; n < NV; ++n) sum[m][n] = V::fma(row, column[n], sum[m][n]);
       }
       rows += 1;
@@ -69,15 +57,31 @@ __attribute__((noinline)) void microkernel(int64_t depth, const typename V::T* r
     depth -= L;
   }
 
+  if (!epilogue.first) {
+    FUSEDSEP_UNROLL(16)
+    for (int m = 0; m < M; ++m) {
+      FUSEDSEP_UNROLL(4)
+      for (int n = 0; n < NV; ++n) {
+        const typename V::T* p = c + m * c_stride + n * L;
+        sum[m][n] = V::add(whole || n + 1 < NV ? V::load(p) : V::load(p, mask), sum[m][n]);
+      }
+    }
+  }
   if (epilogue.last) {
+    FUSEDSEP_UNROLL(16)
+    for (int m = 0; m < M; ++m) {
+      FUSEDSEP_UNROLL(4)
+      for (int n = 0; n < NV; ++n) {
+        const V bias = kBiasPerRow ? V::broadcast(epilogue.bias[m]) : V::load(epilogue.bias + n * L);
+        sum[m][n] = V::add(bias, sum[m][n]);
+      }
+    }
     switch (epilogue.activation) {
-#define FUSEDSEP_ACTIVATE(name)                                                      \
-  case Activation::name:                                                             \
-    _Pragma("GCC unroll 16") for (int m = 0; m < M; ++m) {                           \
-      _Pragma("GCC unroll 4") for (int n = 0; n < NV; ++n) {                         \
-        sum[m][n] = activate(Activation::name, sum[m][n]);                           \
-      }                                                                              \
-    }                                                                                \
+#define FUSEDSEP_ACTIVATE(name)                                                                              \
+  case Activation::name:                                                                                     \
+    FUSEDSEP_UNROLL(16) for (int m = 0; m < M; ++m) {                                                        \
+      FUSEDSEP_UNROLL(4) for (int n = 0; n < NV; ++n) { sum[m][n] = activate(Activation::name, sum[m][n]); } \
+    }                                                                                                        \
     break;
       FUSEDSEP_ACTIVATE(kRelu)
       FUSEDSEP_ACTIVATE(kRelu6)
@@ -87,9 +91,9 @@ __attribute__((noinline)) void microkernel(int64_t depth, const typename V::T* r
         break;
     }
   }
-#pragma GCC unroll 16
+  FUSEDSEP_UNROLL(16)
   for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
+    FUSEDSEP_UNROLL(4)
     for (int n = 0; n < NV; ++n) {
       typename V::T* p = c + m * c_stride + n * L;
       if (whole || n + 1 < NV) {
@@ -130,12 +134,12 @@ struct Product {
   const T* rows;      // origin of all row blocks
   int64_t row_count;  // that the blocks balance
   int64_t block_begin, block_end;
-  const T* columns;   // origin of all column panels
+  const T* columns;  // origin of all column panels
   int64_t column_begin, column_end;
-  int64_t depth;      // input channels
-  T* c;               // element [0, 0]
+  int64_t depth;  // input channels
+  T* c;           // element [0, 0]
   int64_t c_stride;
-  const T* bias;      // of row 0 or column 0
+  const T* bias;  // of row 0 or column 0
   Activation activation;
 };
 
@@ -154,7 +158,7 @@ void multiply(const Product<typename V::T>& product) {
 
   for (int64_t k = 0; k < product.depth; k += depth_step) {
     const int64_t depth = min_of(depth_step, product.depth - k);
-    Epilogue<T> epilogue{nullptr, k + depth == product.depth, product.activation};
+    Epilogue<T> epilogue{nullptr, k == 0, k + depth == product.depth, product.activation};
     for (int64_t group = product.block_begin; group < product.block_end; group += blocks_in_l2) {
       const int64_t group_end = min_of(group + blocks_in_l2, product.block_end);
       for (int64_t q = product.column_begin; q < product.column_end; q += Tile::kTileColumns) {
@@ -163,7 +167,7 @@ void multiply(const Product<typename V::T>& product) {
         const T* panel = product.columns + q * product.depth + k * vectors * V::kLanes;
         for (int64_t b = group; b < group_end; ++b) {
           const Block block = block_at(product.row_count, blocks, b);
-          if (k == 0) epilogue.bias = product.bias + (kBiasPerRow ? block.begin : q);
+          epilogue.bias = product.bias + (kBiasPerRow ? block.begin : q);
           kMicrokernels.table[vectors - 1][block.size - 1](
               depth, product.rows + block.begin * padded_depth + k * block.size, panel,
               product.c + block.begin * product.c_stride + q, product.c_stride, column_count, epilogue);

@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // 32-byte vectors in compiler extensions, for any processor.
-#include "vec_portable.h"
-
+#include "fingerprint-inl.h"
 #include "isa.h"
 #include "separable-inl.h"
+#include "vec_portable.h"
 
 namespace fusedsep {
 
 const Isa& portable_isa() {
-  static const Isa isa{"portable", separable_kernels<PortableVec<float, 8>>(), separable_kernels<PortableVec<double, 4>>()};
+  static const Isa isa{"portable", separable_kernels<PortableVec<float, 8>>(),
+                       separable_kernels<PortableVec<double, 4>>(), fingerprint};
   return isa;
 }
 

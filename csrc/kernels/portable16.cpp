@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // 64-byte vectors in compiler extensions: the tiles of AVX-512 on any processor, for tests.
-#include "vec_portable.h"
-
+#define FUSEDSEP_NO_UNROLL
+#include "fingerprint-inl.h"
 #include "isa.h"
 #include "separable-inl.h"
+#include "vec_portable.h"
 
 namespace fusedsep {
 
 const Isa& portable16_isa() {
-  static const Isa isa{"portable16", separable_kernels<PortableVec<float, 16>>(), separable_kernels<PortableVec<double, 8>>()};
+  static const Isa isa{"portable16", separable_kernels<PortableVec<float, 16>>(),
+                       separable_kernels<PortableVec<double, 8>>(), fingerprint};
   return isa;
 }
 

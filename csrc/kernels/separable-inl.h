@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The kernels of separable.h over one vector type. An ISA's source file includes its vec_*.h and this, and fills a table.
+// The kernels of separable.h over one vector type. An ISA's source file includes its vec_*.h and this, and fills a
+// table.
 #pragma once
 
 #include "depthwise-inl.h"
@@ -26,8 +27,10 @@ void depthwise(const SeparableParams<typename V::T>& params, const Tile& tile, i
                int64_t channel_end, typename V::T* scratch) {
   if (params.channels_last) {
     depthwise_channels_last<V>(params, tile, channel_begin, channel_end, scratch);
+  } else if (params.stride == 1) {
+    depthwise_nchw<V, 1>(params, tile, channel_begin, channel_end, scratch);
   } else {
-    depthwise_nchw<V>(params, tile, channel_begin, channel_end, scratch);
+    depthwise_nchw<V, 2>(params, tile, channel_begin, channel_end, scratch);
   }
 }
 
@@ -77,8 +80,8 @@ void pointwise(const SeparableParams<typename V::T>& params, const Tile& tile, i
 
 template <class V>
 SeparableKernels<typename V::T> separable_kernels() {
-  return {V::kLanes,   Tiling<V>::kTileRows, Tiling<V>::kTileColumns, packed_size<V>, pack<V>, scratch_size<V>,
-          depthwise<V>, panel_count<V>,       pointwise<V>};
+  return {V::kLanes,       Tiling<V>::kTileRows, Tiling<V>::kTileColumns, packed_size<V>, pack<V>,
+          scratch_size<V>, depthwise<V>,         panel_count<V>,          pointwise<V>};
 }
 
 }  // namespace

@@ -2,8 +2,8 @@
 //
 // Depthwise 3x3 convolution, activation, pointwise 1x1 convolution, activation: the contract of the kernels.
 //
-//   h[n,c,i,j] = act1( b1[c] + sum over u,v in 0..2 of  w1[c,u,v] * x[n, c, i*S + u*D - pad_top, j*S + v*D - pad_left] )
-//   y[n,o,i,j] = act2( b2[o] + sum over c of            w2[o,c]   * h[n,c,i,j] )
+//   h[n,c,i,j] = act1( b1[c] + sum over u,v in 0..2 of  w1[c,u,v] * x[n, c, i*S + u*D - pad_top, j*S + v*D - pad_left]
+//   ) y[n,o,i,j] = act2( b2[o] + sum over c of            w2[o,c]   * h[n,c,i,j] )
 //
 // with S = stride, D = dilation, x = 0 outside the map. BatchNorm with fixed statistics is folded into w1, b1, w2, b2
 // when they are packed. `h` exists only as a tile of output pixels in `scratch`.
@@ -11,12 +11,15 @@
 // Layouts   Maps are dense, in one of two memory formats: channels_last [n][i][j][c] or NCHW [n][c][i][j]. Inside a
 //           tile, output pixels are numbered p = i * out_width + j. All sizes and offsets count elements, not bytes.
 // Aliasing  x, the packed weights and scratch must not overlap y.
-// Order     Every output element is one chain of (fused) multiply-adds: h over u, then v, starting from b1; y over c,
-//           starting from b2. Neither the tile nor the split over threads changes it, so results are bit-identical
-//           for every thread count and batch.
+// Order     h is one chain of (fused) multiply-adds over u, then v; y is a sum, in order, of chains over at most 256
+//           neighbouring c. Biases come last: a folded BN may have a large one, and every step of a chain that started
+//           from it would round at its magnitude. Lengths of chains depend on in_channels and the ISA alone; neither
+//           the tile nor the split over threads changes a result, so results are bit-identical for every thread count
+//           and batch.
 // Memory    Kernels neither allocate nor start threads. The caller passes scratch of `scratch_size()` elements, 64-byte
 //           aligned, one for each tile that is worked on at a time.
-// Threads   `depthwise` may run concurrently on disjoint channel ranges of one scratch, `pointwise` on disjoint ranges of
+// Threads   `depthwise` may run concurrently on disjoint channel ranges of one scratch, `pointwise` on disjoint ranges
+// of
 //           output panels of one scratch, and both on different scratches without restriction.
 // Reads     Nothing outside x, the packed weights and scratch is read, not even by vector tails.
 #pragma once
@@ -32,14 +35,14 @@ constexpr int kActivationCount = 4;
 // One call: a batch of maps through one depthwise-separable convolution.
 template <typename T>
 struct SeparableParams {
-  const T* x;            // batch maps of in_channels x height x width
-  T* y;                  // batch maps of out_channels x out_height x out_width
-  const T* packed;       // what `pack` wrote for the same ISA, channels and memory format
+  const T* x;       // batch maps of in_channels x height x width
+  T* y;             // batch maps of out_channels x out_height x out_width
+  const T* packed;  // what `pack` wrote for the same ISA, channels and memory format
   int64_t batch;
   int64_t in_channels, height, width;
   int64_t out_channels, out_height, out_width;
-  int64_t stride;        // 1 or 2
-  int64_t dilation;      // at least 1
+  int64_t stride;    // 1 or 2
+  int64_t dilation;  // at least 1
   int64_t pad_top, pad_left;
   bool channels_last;
   Activation activation, pointwise_activation;
@@ -95,6 +98,9 @@ struct Isa {
   const char* name;
   SeparableKernels<float> f32;
   SeparableKernels<double> f64;
+
+  // A 64-bit hash of `bytes` bytes of memory, going on from `seed`; the same from every ISA.
+  uint64_t (*fingerprint)(const void* memory, size_t bytes, uint64_t seed);
 
   template <typename T>
   const SeparableKernels<T>& separable() const;

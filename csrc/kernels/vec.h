@@ -1,12 +1,23 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// What every vec_*.h and *-inl.h needs. Everything they define has internal linkage: each ISA's source file compiles its
-// own copy with its own flags, and the linker must never pick one file's copy for another.
+// What every vec_*.h and *-inl.h needs. Everything they define has internal linkage: each ISA's source file compiles
+// its own copy with its own flags, and the linker must never pick one file's copy for another.
 #pragma once
 
 #include <cstdint>
 
 #define FUSEDSEP_INLINE inline __attribute__((always_inline))
+
+// In front of a loop over a register tile, which must be unrolled for the tile to stay in registers. A file whose tiles
+// do not fit the registers anyway defines FUSEDSEP_NO_UNROLL and stays small.
+#define FUSEDSEP_PRAGMA(text) _Pragma(#text)
+#if defined(FUSEDSEP_NO_UNROLL)
+#define FUSEDSEP_UNROLL(count) FUSEDSEP_PRAGMA(GCC unroll 1)
+#elif defined(__clang__)
+#define FUSEDSEP_UNROLL(count) FUSEDSEP_PRAGMA(unroll count)
+#else
+#define FUSEDSEP_UNROLL(count) FUSEDSEP_PRAGMA(GCC unroll count)
+#endif
 
 namespace fusedsep {
 namespace {

@@ -11,7 +11,7 @@ namespace fusedsep {
 namespace {
 
 // Eight set words, then eight clear ones on either side: a window on it is a mask of any lane range.
-alignas(64) constexpr int32_t kMaskWords[24] = {0,  0,  0,  0,  0,  0,  0, 0, -1, -1, -1, -1,
+alignas(64) constexpr int32_t kMaskWords[24] = {0,  0,  0,  0,  0, 0, 0, 0, -1, -1, -1, -1,
                                                 -1, -1, -1, -1, 0, 0, 0, 0, 0,  0,  0,  0};
 alignas(64) constexpr int64_t kMaskQuads[12] = {0, 0, 0, 0, -1, -1, -1, -1, 0, 0, 0, 0};
 
@@ -40,8 +40,14 @@ struct Avx2F32 {
 
   // The second vector starts at p + 7, so that nothing behind p[14] is read.
   FUSEDSEP_INLINE static Avx2F32 load_even(const float* p) { return interleave(load(p), load(p + 7)); }
-  FUSEDSEP_INLINE static Avx2F32 load_even(const float* p, int64_t begin, int64_t end) {
-    return interleave(load(p, mask(begin, end)), load(p + 7, mask(begin - 7, end - 7)));
+  struct EvenMask {
+    Mask low, high;
+  };
+  FUSEDSEP_INLINE static EvenMask even_mask(int64_t begin, int64_t end) {
+    return {mask(begin, end), mask(begin - 7, end - 7)};
+  }
+  FUSEDSEP_INLINE static Avx2F32 load_even(const float* p, EvenMask mask) {
+    return interleave(load(p, mask.low), load(p + 7, mask.high));
   }
 
   FUSEDSEP_INLINE static Avx2F32 fma(Avx2F32 a, Avx2F32 b, Avx2F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
@@ -81,8 +87,14 @@ struct Avx2F64 {
   FUSEDSEP_INLINE void store(double* p, Mask mask) const { _mm256_maskstore_pd(p, mask, v); }
 
   FUSEDSEP_INLINE static Avx2F64 load_even(const double* p) { return interleave(load(p), load(p + 3)); }
-  FUSEDSEP_INLINE static Avx2F64 load_even(const double* p, int64_t begin, int64_t end) {
-    return interleave(load(p, mask(begin, end)), load(p + 3, mask(begin - 3, end - 3)));
+  struct EvenMask {
+    Mask low, high;
+  };
+  FUSEDSEP_INLINE static EvenMask even_mask(int64_t begin, int64_t end) {
+    return {mask(begin, end), mask(begin - 3, end - 3)};
+  }
+  FUSEDSEP_INLINE static Avx2F64 load_even(const double* p, EvenMask mask) {
+    return interleave(load(p, mask.low), load(p + 3, mask.high));
   }
 
   FUSEDSEP_INLINE static Avx2F64 fma(Avx2F64 a, Avx2F64 b, Avx2F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }

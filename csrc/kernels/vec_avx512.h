@@ -34,8 +34,14 @@ struct Avx512F32 {
 
   // The second vector starts at p + 15, so that nothing behind p[30] is read.
   FUSEDSEP_INLINE static Avx512F32 load_even(const float* p) { return interleave(load(p), load(p + 15)); }
-  FUSEDSEP_INLINE static Avx512F32 load_even(const float* p, int64_t begin, int64_t end) {
-    return interleave(load(p, mask(begin, end)), load(p + 15, mask(begin - 15, end - 15)));
+  struct EvenMask {
+    Mask low, high;
+  };
+  FUSEDSEP_INLINE static EvenMask even_mask(int64_t begin, int64_t end) {
+    return {mask(begin, end), mask(begin - 15, end - 15)};
+  }
+  FUSEDSEP_INLINE static Avx512F32 load_even(const float* p, EvenMask mask) {
+    return interleave(load(p, mask.low), load(p + 15, mask.high));
   }
 
   FUSEDSEP_INLINE static Avx512F32 fma(Avx512F32 a, Avx512F32 b, Avx512F32 c) {
@@ -72,8 +78,14 @@ struct Avx512F64 {
   FUSEDSEP_INLINE void store(double* p, Mask mask) const { _mm512_mask_storeu_pd(p, mask, v); }
 
   FUSEDSEP_INLINE static Avx512F64 load_even(const double* p) { return interleave(load(p), load(p + 7)); }
-  FUSEDSEP_INLINE static Avx512F64 load_even(const double* p, int64_t begin, int64_t end) {
-    return interleave(load(p, mask(begin, end)), load(p + 7, mask(begin - 7, end - 7)));
+  struct EvenMask {
+    Mask low, high;
+  };
+  FUSEDSEP_INLINE static EvenMask even_mask(int64_t begin, int64_t end) {
+    return {mask(begin, end), mask(begin - 7, end - 7)};
+  }
+  FUSEDSEP_INLINE static Avx512F64 load_even(const double* p, EvenMask mask) {
+    return interleave(load(p, mask.low), load(p + 7, mask.high));
   }
 
   FUSEDSEP_INLINE static Avx512F64 fma(Avx512F64 a, Avx512F64 b, Avx512F64 c) {

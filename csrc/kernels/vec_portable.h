@@ -4,7 +4,6 @@
 // the baseline has (SSE2 on x86-64, NEON on AArch64). The other vec_*.h headers offer the same members.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -19,57 +18,87 @@ struct PortableVec {
   static constexpr int kLanes = Lanes;
   static_assert((Lanes & (Lanes - 1)) == 0, "a power of two, so that vectors tile cache lines");
 
-  typedef T Native __attribute__((vector_size(Lanes * sizeof(T))));
-  Native v;
+  // Registers of 16 bytes, which every baseline has. Wider compiler vectors would be lowered through memory.
+  static constexpr int kPartLanes = 16 / sizeof(T);
+  static constexpr int kParts = Lanes / kPartLanes;
+  typedef T Part __attribute__((vector_size(16)));
+  Part part[kParts];
 
   struct Mask {
     int64_t begin, end;
   };
 
-  FUSEDSEP_INLINE static PortableVec zero() { return {Native{}}; }
-  FUSEDSEP_INLINE static PortableVec broadcast(T value) { return {Native{} + value}; }
-  FUSEDSEP_INLINE static PortableVec load(const T* p) {
-    PortableVec r;
-    std::memcpy(&r.v, p, sizeof(r.v));
-    return r;
+  FUSEDSEP_INLINE static PortableVec zero() { return broadcast(T(0)); }
+  FUSEDSEP_INLINE static PortableVec broadcast(T value) {
+    return each([&](int) { return Part{} + value; });
   }
-  FUSEDSEP_INLINE void store(T* p) const { std::memcpy(p, &v, sizeof(v)); }
+  FUSEDSEP_INLINE static PortableVec load(const T* p) {
+    return each([&](int i) {
+      Part loaded;
+      std::memcpy(&loaded, p + i * kPartLanes, sizeof(loaded));
+      return loaded;
+    });
+  }
+  FUSEDSEP_INLINE void store(T* p) const { std::memcpy(p, part, sizeof(part)); }
 
   // Lanes [begin, end); both may lie outside [0, kLanes].
   FUSEDSEP_INLINE static Mask mask(int64_t begin, int64_t end) {
     return {begin < 0 ? 0 : begin, end > kLanes ? kLanes : end};
   }
   // Lanes outside the mask are zero and their addresses are not touched.
-  FUSEDSEP_INLINE static PortableVec load(const T* p, Mask mask) {
-    PortableVec r = zero();
-    for (int64_t i = mask.begin; i < mask.end; ++i) r.v[i] = p[i];
-    return r;
+  static PortableVec load(const T* p, Mask mask) {
+    T lanes[kLanes] = {};
+    for (int64_t i = mask.begin; i < mask.end; ++i) lanes[i] = p[i];
+    return load(lanes);
   }
-  FUSEDSEP_INLINE void store(T* p, Mask mask) const {
-    for (int64_t i = mask.begin; i < mask.end; ++i) p[i] = v[i];
+  void store(T* p, Mask mask) const {
+    T lanes[kLanes];
+    store(lanes);
+    for (int64_t i = mask.begin; i < mask.end; ++i) p[i] = lanes[i];
   }
   // p[0], p[2], ... p[2 * kLanes - 2]; nothing behind the last one is read.
   FUSEDSEP_INLINE static PortableVec load_even(const T* p) {
-    PortableVec r;
-    for (int i = 0; i < kLanes; ++i) r.v[i] = p[2 * i];
-    return r;
+    T lanes[kLanes];
+    for (int i = 0; i < kLanes; ++i) lanes[i] = p[2 * i];
+    return load(lanes);
   }
   // The same of the elements p[begin .. end); others count as zero and are not touched.
-  FUSEDSEP_INLINE static PortableVec load_even(const T* p, int64_t begin, int64_t end) {
-    PortableVec r = zero();
+  using EvenMask = Mask;
+  FUSEDSEP_INLINE static EvenMask even_mask(int64_t begin, int64_t end) { return {begin, end}; }
+  static PortableVec load_even(const T* p, EvenMask mask) {
+    T lanes[kLanes] = {};
     for (int64_t i = 0; i < kLanes; ++i) {
-      if (2 * i >= begin && 2 * i < end) r.v[i] = p[2 * i];
+      if (2 * i >= mask.begin && 2 * i < mask.end) lanes[i] = p[2 * i];
     }
-    return r;
+    return load(lanes);
   }
 
   // a * b + c. Contracted to one instruction where the target has one.
-  FUSEDSEP_INLINE static PortableVec fma(PortableVec a, PortableVec b, PortableVec c) { return {a.v * b.v + c.v}; }
-  FUSEDSEP_INLINE static PortableVec add(PortableVec a, PortableVec b) { return {a.v + b.v}; }
-  FUSEDSEP_INLINE static PortableVec mul(PortableVec a, PortableVec b) { return {a.v * b.v}; }
+  FUSEDSEP_INLINE static PortableVec fma(const PortableVec& a, const PortableVec& b, const PortableVec& c) {
+    return each([&](int i) { return a.part[i] * b.part[i] + c.part[i]; });
+  }
+  FUSEDSEP_INLINE static PortableVec add(const PortableVec& a, const PortableVec& b) {
+    return each([&](int i) { return a.part[i] + b.part[i]; });
+  }
+  FUSEDSEP_INLINE static PortableVec mul(const PortableVec& a, const PortableVec& b) {
+    return each([&](int i) { return a.part[i] * b.part[i]; });
+  }
   // A NaN in `x` stays a NaN.
-  FUSEDSEP_INLINE static PortableVec max(PortableVec bound, PortableVec x) { return {x.v < bound.v ? bound.v : x.v}; }
-  FUSEDSEP_INLINE static PortableVec min(PortableVec bound, PortableVec x) { return {x.v > bound.v ? bound.v : x.v}; }
+  FUSEDSEP_INLINE static PortableVec max(const PortableVec& bound, const PortableVec& x) {
+    return each([&](int i) { return x.part[i] < bound.part[i] ? bound.part[i] : x.part[i]; });
+  }
+  FUSEDSEP_INLINE static PortableVec min(const PortableVec& bound, const PortableVec& x) {
+    return each([&](int i) { return x.part[i] > bound.part[i] ? bound.part[i] : x.part[i]; });
+  }
+
+ private:
+  template <class F>
+  FUSEDSEP_INLINE static PortableVec each(const F& f) {
+    PortableVec r;
+    FUSEDSEP_UNROLL(4)
+    for (int i = 0; i < kParts; ++i) r.part[i] = f(i);
+    return r;
+  }
 };
 
 }  // namespace

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from ..pretrained import PretrainedError
 from . import bench, demo, info, summary, verify
-from ._arguments import CommandError
+from ._arguments import CommandError, check_isa
 
 _SUBCOMMANDS = (demo, verify, info, summary, bench)
 
@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
+        check_isa()
         return arguments.run(arguments)
     except (CommandError, PretrainedError) as error:
         print(f"fusedsep {arguments.command}: {error}", file=sys.stderr)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from .. import reference
+from .. import active_isa, reference
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".svg", ".pdf")
 
@@ -61,6 +61,14 @@ def picture_file(text: str) -> Path:
     return path
 
 
+def check_isa() -> None:
+    """Raise :class:`CommandError` if the environment asks for an instruction set that is not there."""
+    try:
+        active_isa()
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+
+
 def add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive_int, metavar="N", help="intra-op threads (default: torch's own)")
 
@@ -79,7 +87,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--width", type=positive_number, default=1.0, metavar="W", help="width multiplier of MobileNetV1 (default: 1.0)"
     )
     parser.add_argument(
-        "--resolution", type=positive_int, default=224, metavar="R", help="height and width of the images (default: 224)"
+        "--resolution",
+        type=positive_int,
+        default=224,
+        metavar="R",
+        help="height and width of the images (default: 224)",
     )
 
 

@@ -1,60 +1,100 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""How the demo shows itself: progress bars, table, summary, picture; needs rich and matplotlib."""
+"""The demo on the terminal: progress bars, the table of photographs, the summary. Needs rich."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import rich.progress
-from rich import box
+from rich import box, progress
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..pretrained.download import Package, Progress
-from ._demo_results import ENGINES, Answer
+from ..pretrained.photos import Photo
+from ._demo_results import ENGINES, Answer, class_name
+
+_NUMBERS_WIDTH = 48  # characters of the five columns of numbers and of the gaps between all columns
+
 
 @contextmanager
 def fetching(console: Console) -> Iterator[Callable[[Package], Progress]]:
-    """Gives a function that makes the progress callback of one package; its bar appears when bytes are awaited."""
+    """Gives a function that makes the progress callback of a package; its bar appears once something is awaited."""
     columns = (
-        rich.progress.TextColumn("fetching {task.description}", markup=False),
-        rich.progress.BarColumn(),
-        rich.progress.DownloadColumn(),
-        rich.progress.TransferSpeedColumn(),
+        progress.TextColumn("fetching {task.description}", markup=False),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
     )
-    with rich.progress.Progress(*columns, console=console) as bars:
+    with progress.Progress(*columns, console=console) as bars:
 
         def progress_of(package: Package) -> Progress:
-            tasks: list[rich.progress.TaskID] = []
+            task: progress.TaskID | None = None
 
-            def progress(received: int) -> None:
-                if not tasks:
-                    tasks.append(bars.add_task(package.content, total=package.size))
-                bars.update(tasks[0], completed=received)
+            def received(size: int) -> None:
+                nonlocal task
+                if task is None:
+                    task = bars.add_task(package.content, total=package.size)
+                bars.update(task, completed=size)
 
-            return progress
+            return received
 
         yield progress_of
 
 
-def print_answers(console: Console, answers: Sequence[Answer], names: Sequence[str]) -> None:
+def with_progress(photos: Sequence[Photo], what: str, console: Console) -> Iterator[Photo]:
+    """``photos`` behind a bar that vanishes at the end."""
+    yield from progress.track(photos, what, console=console, transient=True)
+
+
+def print_answers(answers: Sequence[Answer], names: Sequence[str], console: Console) -> None:
     """One row a photograph."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    text_width = max(8, (console.width - _NUMBERS_WIDTH) // 3)
     for header in ("photo", "top answer", "label"):
-        table.add_column(header, no_wrap=True, overflow="ellipsis")
-    for header in ("probability", "|difference|", *(f"{engine} ms" for engine in ENGINES)):
-        table.add_column(header, justify="right")
+        table.add_column(header, no_wrap=True, overflow="ellipsis", max_width=text_width)
+    for header in ("prob.", "largest\ndifference", *(f"{engine}\nms" for engine in ENGINES)):
+        table.add_column(header, justify="right", min_width=max(map(len, header.split())))
     for answer in answers:
         table.add_row(
             Text(answer.photo.name),
             Text(class_name(answer.classes[0], names), style="bold"),
-            agreement(answer),
+            _agreement(answer, names),
             f"{answer.probability:.3f}",
             f"{answer.difference:.1e}",
             *(f"{answer.times[engine].median:.1f}" for engine in ENGINES),
         )
     console.print(table)
+
+
+def print_summary(results: dict[str, Any], console: Console) -> None:
+    if results["labelled"]:
+        console.print(
+            f"agreement with the labels: top-1 {results['top1']} of {results['labelled']}, "
+            f"top-5 {results['top5']} of {results['labelled']}"
+        )
+    medians, speedup = results["median_ms"], results["speedup"]
+    console.print(
+        f"time of a photograph: unfused {medians['unfused']:.1f} ms, fused {medians['fused']:.1f} ms "
+        f"({speedup['fused']:.2f}x), frozen {medians['frozen']:.1f} ms ({speedup['frozen']:.2f}x)"
+    )
+    errors = results["largest_error"]
+    console.print(
+        f"largest error of a logit against float64: unfused {errors['unfused']:.1e}, fused {errors['fused']:.1e}, "
+        f"frozen {errors['frozen']:.1e}; at most {results['allowed_error']:.1e} (3 x unfused + 4 ulp) is allowed: ",
+        Text("pass", style="green") if results["accurate"] else Text("FAIL", style="bold red"),
+        sep="",
+    )
+
+
+def _agreement(answer: Answer, names: Sequence[str]) -> Text:
+    if answer.photo.label is None:
+        return Text("not known", style="dim")
+    if answer.rank == 1:
+        return Text("agrees", style="green")
+    label = class_name(answer.photo.label, names)
+    if answer.rank is None:
+        return Text(f"{label}, not in the top 5", style="red")
+    return Text(f"{label}, answer {answer.rank}", style="yellow")

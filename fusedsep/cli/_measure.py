@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +12,10 @@ from typing import Any
 
 import torch
 
+#: The largest of a few rounding errors is a coin toss: another order of summation alone moves it by a factor of 2.
+_FACTOR = 3.0
+#: Units in the last place of the largest output. In float64 the reference is torch's own result, whose error reads 0.
+_ULPS = {torch.float32: 4.0, torch.float64: 64.0}
 _WARM_UP = 2  # calls that are not timed: allocation, weight packing, caches
 
 
@@ -26,21 +31,24 @@ class Accuracy:
     def ok(self) -> bool:
         return self.error <= self.allowed  # False for NaN
 
-    def worse_of(self, other: Accuracy) -> Accuracy:
-        """The one that uses up more of what it is allowed."""
-        return self if not self.ok or (other.ok and self.error * other.allowed >= other.error * self.allowed) else other
+    @property
+    def used(self) -> float:
+        """The error as a fraction of what is allowed; infinite for NaN."""
+        if not self.ok:
+            return max(self.error / self.allowed, 1.0) if self.allowed > 0 and math.isfinite(self.error) else math.inf
+        return self.error / self.allowed if self.allowed > 0 else 0.0
 
 
-def compare(ours: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor, factor: float, ulps: float) -> Accuracy:
-    """Judge ``ours`` by ``error <= factor * error of torchs + ulps * eps * max|exact|``.
+def compare(ours: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor) -> Accuracy:
+    """Judge ``ours`` by ``error <= 3 * error of torchs + ulps * eps * max|exact|``.
 
     Args:
         torchs: the unfused result in the dtype of ``ours``.
         exact: the unfused result in float64.
     """
     torch_error = largest_difference(torchs, exact)
-    slack = ulps * torch.finfo(ours.dtype).eps * exact.abs().max().item()
-    return Accuracy(largest_difference(ours, exact), torch_error, factor * torch_error + slack)
+    slack = _ULPS[ours.dtype] * torch.finfo(ours.dtype).eps * exact.abs().max().item()
+    return Accuracy(largest_difference(ours, exact), torch_error, _FACTOR * torch_error + slack)
 
 
 def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -23,7 +23,9 @@ def require_extra() -> None:
     """Raise :class:`CommandError` if a package of the extra is missing."""
     missing = [package for name, package in _EXTRA.items() if importlib.util.find_spec(name) is None]
     if missing:
-        raise CommandError(f'{" and ".join(missing)} not installed: pip install "fusedsep[demo]"')
+        raise CommandError(
+            f'not installed: {", ".join(missing)}; all that the demo needs: pip install "fusedsep[demo]"'
+        )
 
 
 def make_console() -> Any:
@@ -42,7 +44,7 @@ def print_table(
     text_columns: int = 1,
     failed: Sequence[bool] | None = None,
 ) -> None:
-    """Print a table; the first ``text_columns`` are flush left, the others flush right, rows that ``failed`` are red."""
+    """Print a table: ``text_columns`` flush left, the others flush right, and the rows that ``failed`` in red."""
     if importlib.util.find_spec("rich") is None:
         _print_plain_table(title, columns, rows, text_columns)
         return

@@ -31,7 +31,6 @@ HELP = "time the blocks and a whole network against torch eager"
 
 _FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 _ENGINES = ("eager nchw", "eager channels_last", "fused", "frozen")
-_FACTOR, _ULPS = 3.0, 4.0  # of the check in front of every timing, see _measure.compare
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_threads(parser)
     parser.add_argument("--batch", type=positive_int, default=1, metavar="N", help="images at once (default: 1)")
     parser.add_argument(
-        "--format", choices=_FORMATS, default="channels_last", help="memory format of fused and frozen (default: %(default)s)"
+        "--format",
+        choices=_FORMATS,
+        default="channels_last",
+        help="memory format of fused and frozen (default: %(default)s)",
     )
     parser.add_argument("--repeats", type=positive_int, default=30, metavar="N", help="timed calls each (default: 30)")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write every sample to FILE")
@@ -47,20 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     set_threads(arguments)
+    name, network = make_model(arguments)
     facts = machine()
     print(machine_line(facts))
-    name, network = make_model(arguments)
     subjects = [] if arguments.model else _blocks(arguments)
     subjects.append((name, network, _images(network, arguments)))
     results = [_bench(*subject, arguments) for subject in subjects]
-    columns = ("ms, median ± half the quartile range", *_ENGINES, "speedup", "result")
+    columns = ("median ms", *_ENGINES, "speedup", "result")
     print_table(
         f"batch {arguments.batch}, fused and frozen in {arguments.format}",
         columns,
         [_row(result) for result in results],
         failed=[not result["ok"] for result in results],
     )
-    print("speedup: the faster eager over frozen; result: fused and frozen against float64, checked before timing.")
+    print("±: half of the quartile range; speedup: the faster eager over frozen; result: checked against float64 first")
     if arguments.json is not None:
         settings = {"batch": arguments.batch, "format": arguments.format, "repeats": arguments.repeats}
         for result in results:
@@ -100,7 +102,7 @@ def _bench(name: str, unfused: nn.Module, x: torch.Tensor, arguments: argparse.N
         fused = fusedsep.fuse(unfused).to(memory_format=memory_format)
         frozen = fusedsep.freeze(fused)
         with torch.inference_mode():
-            checks = [compare(module(ours), torchs, exact, _FACTOR, _ULPS) for module in (fused, frozen)]
+            checks = [compare(module(ours), torchs, exact) for module in (fused, frozen)]
     except Exception as error:
         if arguments.model is None:
             raise

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import argparse
-import statistics
+import contextlib
+import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
@@ -19,41 +18,19 @@ import fusedsep
 from ..mobilenet import STAGES
 from ..pretrained import download, weights
 from ._arguments import CommandError, add_threads, output_file, picture_file, positive_int, set_threads
-from ._measure import Accuracy, Times, compare, largest_difference, time_interleaved
+from ._demo_results import ENGINES, Answer, as_json, summarise
+from ._measure import time_interleaved
 from ._output import machine, machine_line, make_console, require_extra, write_json
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..pretrained.photos import Photo
 
 HELP = "classify photographs with a pretrained MobileNetV1"
 
-ENGINES = ("unfused", "fused", "frozen")
 _RESOLUTION = 224
 _TOP = 5
-_FACTOR, _ULPS = 3.0, 2.0  # of the check against float64, see _measure.compare
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the networks say about one photograph."""
-
-    photo: Photo
-    classes: list[int]  # the frozen network's, likeliest first: ImageNet's 0 to 999, or -1 for the background
-    probability: float  # of the first of them
-    logits: dict[str, torch.Tensor]  # by engine, and "exact": the unfused network in float64
-    times: dict[str, Times]
-
-    @property
-    def rank(self) -> int | None:
-        """Position of the label among the classes, 1 being the top; ``None`` if it is not there or not known."""
-        label = self.photo.label
-        return self.classes.index(label) + 1 if label in self.classes else None
-
-    @property
-    def difference(self) -> float:
-        """Largest difference of a fused or frozen logit from the unfused one."""
-        unfused, *others = (self.logits[engine] for engine in ENGINES)
-        return max(largest_difference(other, unfused) for other in others)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,9 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-dir",
         type=Path,
-        default=download.default_cache_dir(),
         metavar="DIR",
-        help="where fetched files are kept (default: $FUSEDSEP_CACHE, else %(default)s)",
+        help="where fetched files are kept (default: $FUSEDSEP_CACHE, or fusedsep in the user's cache folder)",
     )
     add_threads(parser)
     parser.add_argument("--repeats", type=positive_int, default=7, metavar="N", help="timed runs a photo (default: 7)")
@@ -80,100 +56,90 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=picture_file,
         default=Path("fusedsep-demo.png"),
         metavar="FILE",
-        help="the picture to write: PNG, JPEG, SVG or PDF by its suffix (default: %(default)s)",
+        help="the picture to write, PNG, JPEG, SVG or PDF by its suffix (default: %(default)s)",
     )
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write all results to FILE")
 
 
 def run(arguments: argparse.Namespace) -> int:
     require_extra()
-    from . import _demo_report as report
+    from . import _demo_picture, _demo_report
 
     set_threads(arguments)
     console = make_console()
     state_dict, photos, names = _gather(arguments, console)
     unfused = weights.build_network(state_dict).to(memory_format=torch.channels_last)
     exact = weights.build_network(state_dict).double()
-    if exact.linear.out_features not in (len(names), len(names) + 1):
+    if exact.linear.out_features - len(names) not in (0, 1):
         raise CommandError(
-            f"the weights must tell ImageNet's {len(names)} classes, or {len(names) + 1} with the background, "
+            f"the weights must tell {len(names)} ImageNet classes, or {len(names) + 1} with the background, "
             f"got {exact.linear.out_features}"
         )
     fused = fusedsep.fuse(unfused)
     networks = dict(zip(ENGINES, (unfused, fused, fusedsep.freeze(fused)), strict=True))
-    sites = fusedsep.fusion_report(unfused)
+    sites = fusedsep.fusion_report(fused)
     facts = machine()
     console.print(machine_line(facts))
     console.print(f"fused {len(sites.fused)} of {len(STAGES)} depthwise-separable blocks")
     for site in sites.skipped:
         console.print(f"  left alone: {site.name}, {site.reason}")
-    answers = [
-        _classify(photo, networks, exact, arguments.repeats) for photo in report.progress(console, photos, "classifying")
-    ]
+
+    answers = []
+    for photo in _demo_report.with_progress(photos, "classifying", console):
+        answers.append(_classify(photo, networks, exact, len(names), arguments.repeats))
     results = summarise(answers)
-    report.print_answers(console, answers, names)
-    report.print_summary(console, results)
-    report.draw(arguments.output, answers, names, results, machine_line(facts))
+    _demo_report.print_answers(answers, names, console)
+    _demo_report.print_summary(results, console)
+
+    try:
+        _demo_picture.draw(arguments.output, answers, names, results, machine_line(facts))
+    except OSError as error:
+        raise CommandError(f"cannot write {arguments.output}: {error.strerror or error}") from None
     console.print(f"picture: {arguments.output}")
     if arguments.json is not None:
         content = {
             "machine": facts,
             "blocks": {"fused": len(sites.fused), "all": len(STAGES)},
             "summary": results,
-            "photos": [report.as_json(answer, names) for answer in answers],
+            "photos": [as_json(answer, names) for answer in answers],
         }
         write_json(arguments.json, content)
         console.print(f"results: {arguments.json}")
     return 0 if results["accurate"] and len(sites.fused) == len(STAGES) else 1
 
 
-def summarise(answers: list[Answer]) -> dict[str, Any]:
-    """The figures under the table, as they go into the JSON."""
-    labelled = [answer for answer in answers if answer.photo.label is not None]
-    logits = {name: torch.cat([answer.logits[name] for answer in answers]) for name in (*ENGINES, "exact")}
-    checks = [compare(logits[name], logits["unfused"], logits["exact"], _FACTOR, _ULPS) for name in ("fused", "frozen")]
-    medians = {name: statistics.median(answer.times[name].median for answer in answers) for name in ENGINES}
-    return {
-        "labelled": len(labelled),
-        "top1": sum(answer.rank == 1 for answer in labelled),
-        "top5": sum(answer.rank is not None for answer in labelled),
-        "largest_difference": max(answer.difference for answer in answers),
-        "largest_error": {"unfused": checks[0].torch_error, "fused": checks[0].error, "frozen": checks[1].error},
-        "allowed_error": checks[0].allowed,
-        "accurate": all(check.ok for check in checks),
-        "median_ms": medians,
-        "speedup": {name: medians["unfused"] / medians[name] for name in ("fused", "frozen")},
-    }
-
-
-def _gather(
-    arguments: argparse.Namespace, console: Console
-) -> tuple[dict[str, torch.Tensor], list[Photo], list[str]]:
-    """Weights, photographs and class names, from the user's files or fetched; what is local is read first."""
+def _gather(arguments: argparse.Namespace, console: Console) -> tuple[dict[str, torch.Tensor], list[Photo], list[str]]:
+    """Weights, photographs, class names: the user's own files first, so that a wrong path fails before a download."""
     from ..pretrained import photos
     from ._demo_report import fetching
 
-    own_weights = None if arguments.weights is None else weights.read_state_dict(arguments.weights)
-    own_photos = None if arguments.photos is None else photos.open_photos(arguments.photos)
-    cache = arguments.cache_dir
+    state_dict = None if arguments.weights is None else weights.read_state_dict(arguments.weights)
+    pictures = None if arguments.photos is None else photos.open_photos(arguments.photos)
+    cache = arguments.cache_dir or download.default_cache_dir()
     with fetching(console) as progress_of:
-        try:
-            state_dict = own_weights or weights.bundled_state_dict(cache, progress_of(download.WEIGHTS))
-        except download.DownloadError as error:
-            raise CommandError(f"{error}, or give --weights FILE") from None
-        try:
-            pictures = own_photos or photos.bundled_photos(cache, progress_of(download.PHOTOS))
-        except download.DownloadError as error:
-            raise CommandError(f"{error}, or give --photos PATH") from None
+        if state_dict is None:
+            with _or_give("--weights FILE"):
+                state_dict = weights.bundled_state_dict(cache, progress_of(download.WEIGHTS))
+        if pictures is None:
+            with _or_give("--photos PATH"):
+                pictures = photos.bundled_photos(cache, progress_of(download.PHOTOS))
         try:
             names = photos.class_names(cache, progress_of(download.CLASS_NAMES))
         except download.DownloadError as error:
-            console.print(f"classes are shown by number: {error}")
-            names = [f"class {index}" for index in range(photos.CLASSES)]
+            console.print(f"classes are shown by number, because {error}")
+            names = [f"class {index}" for index in range(weights.IMAGENET_CLASSES)]
     return state_dict, pictures, names
 
 
-def _classify(photo: Photo, networks: dict[str, nn.Module], exact: nn.Module, repeats: int) -> Answer:
+@contextlib.contextmanager
+def _or_give(option: str) -> Iterator[None]:
+    try:
+        yield
+    except download.DownloadError as error:
+        raise CommandError(f"{error}, or give {option}") from None
+
+
+def _classify(photo: Photo, networks: dict[str, nn.Module], exact: nn.Module, classes: int, repeats: int) -> Answer:
     from ..pretrained.photos import to_input
 
     x = to_input(photo.image, _RESOLUTION)
@@ -181,12 +147,11 @@ def _classify(photo: Photo, networks: dict[str, nn.Module], exact: nn.Module, re
         logits = {engine: network(x) for engine, network in networks.items()}
         logits["exact"] = exact(x.double())
     probabilities, indices = logits["frozen"][0].softmax(0).topk(_TOP)
-    background = logits["frozen"].shape[1] - CLASSES
-    calls = {engine: functools.partial(network, x) for engine, network in networks.items()}
+    background = logits["frozen"].shape[1] - classes  # 1 if class 0 is the background
     return Answer(
         photo=photo,
         classes=[index - background for index in indices.tolist()],
         probability=probabilities[0].item(),
         logits=logits,
-        times=time_interleaved(calls, repeats),
+        times=time_interleaved({engine: functools.partial(net, x) for engine, net in networks.items()}, repeats),
     )

@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
         ("instruction set", f"{info['isa']} (set FUSEDSEP_ISA to choose another)"),
         ("supported here", ", ".join(info["supported_isas"])),
         ("compiled", ", ".join(info["compiled_isas"])),
-        ("threads", str(info["threads"])),
+        ("threads", f"{info['threads']} on {info['processors']} processors"),
         ("compiler", info["compiler"]),
         *((f"flags, {isa}", flags or "none") for isa, flags in info["flags"].items()),
         ("CUDA", info["cuda"]),

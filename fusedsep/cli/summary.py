@@ -24,6 +24,8 @@ def run(arguments: argparse.Namespace) -> int:
     except Exception as error:
         if arguments.model is None:
             raise
-        raise CommandError(f"--model: {name} does not take {arguments.resolution}x{arguments.resolution} images: {describe(error)}") from error
+        raise CommandError(
+            f"--model: {name} does not take {arguments.resolution}x{arguments.resolution} images: {describe(error)}"
+        ) from error
     print(f"{name}\n\n{complexity}\n\n{report}")
     return 0

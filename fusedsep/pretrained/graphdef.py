@@ -8,8 +8,10 @@ A protobuf message is a sequence of fields: a varint ``key = number << 3 | wire_
     NodeDef      1: string name    2: string op    5: map<string, AttrValue> attr
     map entry    1: key            2: value
     AttrValue    8: TensorProto tensor
-    TensorProto  1: DataType dtype    2: TensorShapeProto shape    4: bytes tensor_content    5: float float_val, repeated
-    TensorShapeProto  2: Dim dim, repeated;    Dim  1: int64 size
+    TensorProto  1: DataType dtype    2: TensorShapeProto shape    4: bytes tensor_content
+                 5: float float_val, repeated
+    TensorShapeProto  2: Dim dim, repeated
+    Dim          1: int64 size
 
 Source: https://protobuf.dev/programming-guides/encoding, tensorflow/core/framework/{graph,node_def,tensor}.proto.
 """

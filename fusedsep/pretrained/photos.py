@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ._errors import PretrainedError
 from .download import CLASS_NAMES, PHOTOS, Progress, fetch
@@ -90,7 +90,9 @@ def _decode(name: str, data: bytes) -> Photo:
     try:
         with Image.open(io.BytesIO(data)) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGB")
+    except UnidentifiedImageError:
+        raise PhotoError(f"{name} is not a picture in a format that pillow knows") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise PhotoError(f"{name} is not a picture that can be decoded: {error}") from None
+        raise PhotoError(f"{name} cannot be decoded: {error}") from None
     match = _LABEL.fullmatch(Path(name).stem)
     return Photo(name, image, int(match[1]) if match else None)

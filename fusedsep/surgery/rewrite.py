@@ -7,18 +7,21 @@ forward holds the sites. Whenever a call is not what was traced, the forward of 
 
 from __future__ import annotations
 
+import importlib
 import types
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.nn as nn
 from torch import fx
-from torch.nn.modules.module import _has_any_global_hook
 
+from .._compat import has_global_hooks, has_hooks
+from .._padding import Pads
 from .._separable import SeparableConv
+from .helpers import Helper
 from .sites import Chain, find_chains, input_of
-from .tracing import CallForm, Tracer, original_forward
+from .tracing import CallForm, Tracer, Untraceable, original_forward
 
 
 class FusedSite:
@@ -34,24 +37,47 @@ class FusedSite:
         self.bn1 = module_of(chain.bn1)
         self.pw = module_of(chain.pw)
         self.bn2 = module_of(chain.bn2)
-        kind = SelfActivatingConv if any(chain.carried) else SeparableConv
-        self.separable = kind(chain.activation, chain.pointwise_activation, chain.pre_pad)
-        if any(chain.carried):
-            self.separable.carry(*chain.carried)
-        #: Every module that the site stands for, activations and padding too.
-        self.modules = [modules[node.target] for node in chain.nodes if node.op == "call_module"]
+        operation = (chain.activation, chain.pointwise_activation, chain.pre_pad)
+        self.separable = (
+            SelfActivatingConv(*operation, chain.carried) if any(chain.carried) else SeparableConv(*operation)
+        )
+        # Whoever found the chain has read the forwards of BN subclasses.
+        self.separable.norm_forwards |= {type(bn).forward for bn in (self.bn1, self.bn2) if bn is not None}
+        #: Every module that the site stands for: activations and padding too, and what a BN carries.
+        self.modules = [
+            part
+            for node in chain.nodes
+            if node.op == "call_module"
+            for name, part in modules[node.target].named_modules()
+            if not name.startswith("parametrizations")
+        ]
+
+    def numbers(self) -> list[nn.Module]:
+        """The modules whose parameters and buffers the site reads."""
+        return [module for module in (self.dw, self.bn1, self.pw, self.bn2) if module is not None]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.separable(x, self.dw, self.bn1, self.pw, self.bn2)
 
 
 class SelfActivatingConv(SeparableConv):
-    """Where a BN applies the activation itself, running the modules must not apply it again."""
+    """Where a BN applies the activation itself, running the modules must not apply it again.
 
-    def carry(self, bn1: bool, bn2: bool) -> None:
-        """Say which of the two BNs do."""
+    Args:
+        activation, pointwise_activation, pre_pad: as for :class:`SeparableConv`.
+        carried: whether ``bn1`` and ``bn2`` apply theirs.
+    """
+
+    def __init__(
+        self,
+        activation: str,
+        pointwise_activation: str,
+        pre_pad: Pads | Literal["same"],
+        carried: tuple[bool, bool],
+    ) -> None:
+        super().__init__(activation, pointwise_activation, pre_pad)
         self._between = SeparableConv(
-            "none" if bn1 else self.activation, "none" if bn2 else self.pointwise_activation, self.pre_pad
+            "none" if carried[0] else activation, "none" if carried[1] else pointwise_activation, pre_pad
         )
 
     def composite(self, *arguments: Any) -> torch.Tensor:
@@ -83,8 +109,8 @@ class FusedForward:
         self.source = source
         self.names = names
         self.sites = sites
-        parts = {part for site in sites.values() for module in site.modules for part in module.modules()}
-        run_by_the_sites = {part for site in sites.values() for part in (site.dw, site.bn1, site.pw, site.bn2)}
+        parts = {part for site in sites.values() for part in site.modules}
+        run_by_the_sites = {part for site in sites.values() for part in site.numbers()}
         #: Modules that are never called now: a hook of theirs, or training mode, needs the original forward.
         self.bypassed = [module for module in parts | inlined if module is not owner and module not in run_by_the_sites]
         #: Modules that must still be in place.
@@ -100,54 +126,58 @@ class FusedForward:
             for name, value in vars(module).items()
             if name != "training" and name in _names_read_by(module) and isinstance(value, _SETTING_TYPES)
         ]
-        self._program: Callable[..., Any] | None = None
+        self.takes_one_tensor = form.is_one_tensor(owner)
+        self._slots: list[tuple[dict[str, Any], str, nn.Module]] | None = None
+        self._program = self._compile()
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
         return original_forward(self.owner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        program = self._program or self._prepare()
-        if self._takes_one_tensor and len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
+        if torch.compiler.is_compiling():
+            return self.run_compiled(*args, **kwargs)
+        if self.takes_one_tensor and len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
             inputs: Any = args
         else:
             inputs = self.form.match(self.owner, args, kwargs)
         if inputs is None or self._needs_original():
             return self.run_original(*args, **kwargs)
-        return program(self.owner, *inputs)
+        return self._program(self.owner, *inputs)
 
     def run_original(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the owner's class."""
         return type(self.owner).forward(self.owner, *args, **kwargs)
 
+    def run_compiled(self, *args: Any, **kwargs: Any) -> Any:
+        """What ``torch.compile`` sees: the kernels are not for it, so it gets the Python that it knows."""
+        return self.run_original(*args, **kwargs)
+
     def _needs_original(self) -> bool:
         """Whether anything differs from what was traced: training mode, hooks, replaced modules, changed settings."""
-        if self.owner.training or _has_any_global_hook():
+        if self.owner.training or has_global_hooks():
             return True
-        for siblings, name, module in self._slots:
+        for siblings, name, module in self._slots or self._find_slots():
             if siblings.get(name) is not module:
                 return True
         for module in self.bypassed:
             if module.training or has_hooks(module):
                 return True
-        for state, name, value in self._values:
-            if state.get(name) != value:
-                return True
-        return False
+        return bool(self._values) and any(state.get(name) != value for state, name, value in self._values)
 
-    def _prepare(self) -> Callable[..., Any]:
-        """Compile the text; after unpickling or copying too."""
-        self._takes_one_tensor = self.form.is_one_tensor(self.owner)
+    def _find_slots(self) -> list[tuple[dict[str, Any], str, nn.Module]]:
+        """Where the expected modules hang: not known before a copy of the owner is complete."""
         self._slots = []
         for path, module in self.expected.items():
             parent, _, name = path.rpartition(".")
-            siblings = (self.expected[parent] if parent in self.expected else self.owner.get_submodule(parent))._modules
-            self._slots.append((siblings, name, module))
+            self._slots.append((self.owner.get_submodule(parent)._modules, name, module))
         self._values = [(vars(module), name, value) for module, name, value in self.settings]
+        return self._slots
+
+    def _compile(self) -> Callable[..., Any]:
         names = {**self.names, **self.sites}
         exec(compile(self.source, f"<forward of {type(self.owner).__name__}, fused>", "exec"), names)
-        self._program = names["forward"]
-        return self._program
+        return names["forward"]
 
     def __getstate__(self) -> dict[str, Any]:
         state = {key: value for key, value in vars(self).items() if not key.startswith("_")}
@@ -158,12 +188,33 @@ class FusedForward:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         imports = state.pop("imports")
-        vars(self).update(state, _program=None)
-        self.names.update({key: __import__(name, fromlist=["*"]) for key, name in imports.items()})
+        state["names"].update({key: importlib.import_module(name) for key, name in imports.items()})
+        vars(self).update(state, _slots=None)
+        self._program = self._compile()
 
 
 class FrozenForward(FusedForward):
-    """A :class:`FusedForward` whose sites are folded: there is no original to go back to."""
+    """A :class:`FusedForward` with sites that are folded, and so without an original to go back to.
+
+    Args:
+        forward: the one that it takes the place of; the owner holds the folded sites already.
+        sites: its sites, folded or not.
+    """
+
+    def __init__(self, forward: FusedForward, sites: dict[str, Any]) -> None:
+        vars(self).update(vars(forward))
+        self.sites = sites
+        wanted = {*forward.expected.values(), *(site for site in sites.values() if isinstance(site, nn.Module))}
+        modules = dict(self.owner.named_modules(remove_duplicate=False))
+        self.expected = {path: module for path, module in modules.items() if module in wanted}
+        self.bypassed = [module for module in forward.bypassed if module in set(modules.values())]
+        self._slots = None
+        self._program = self._compile()
+
+    def run_compiled(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.takes_one_tensor or len(args) != 1 or kwargs:
+            return self.run_original(*args, **kwargs)
+        return self._program(self.owner, *args)
 
     def run_original(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise RuntimeError(
@@ -174,13 +225,6 @@ class FrozenForward(FusedForward):
 
 
 _SETTING_TYPES = (bool, int, float, str, tuple, type(None))
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a hook runs when ``module`` is called."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def _names_read_by(module: nn.Module) -> set[str]:
@@ -195,23 +239,24 @@ def _names_read_by(module: nn.Module) -> set[str]:
     return names
 
 
-def fused_forward(owner: nn.Module, form: CallForm, opaque: set[nn.Module], inline: set[nn.Module]) -> FusedForward:
+def fused_forward(
+    owner: nn.Module, form: CallForm, opaque: set[nn.Module], helpers: list[Helper], inline: set[nn.Module]
+) -> FusedForward:
     """Regenerate the forward of ``owner`` with every site in it as one call.
 
     Args:
         form: how the owner is called.
+        opaque, helpers: what must stay one call.
         inline: the modules inside it to write out; all others stay calls.
 
     Raises:
         Untraceable: its Python cannot be written down.
     """
-    tracer = Tracer(owner, form, opaque, inline)
+    tracer = Tracer(owner, form, opaque, helpers, inline)
     graph = tracer.run()
     modules = dict(owner.named_modules(remove_duplicate=False))
-    sites = []
     for index, chain in enumerate(find_chains(graph, modules)[0]):
         site = FusedSite(chain, modules, f"separable_{index}")
-        sites.append(site)
         # In the place of the first node: later ones may come after something that changes the input in place.
         with graph.inserting_before(chain.nodes[0]):
             call = graph.call_function(site, (input_of(chain.nodes[0]),))
@@ -221,7 +266,10 @@ def fused_forward(owner: nn.Module, form: CallForm, opaque: set[nn.Module], inli
     for node in graph.nodes:
         node.type = None  # the text needs no annotations, and their names might not be importable
     graph.lint()
-    code = graph.python_code("self")
-    names = {name: value for name, value in code.globals.items() if not isinstance(value, FusedSite)}
-    bound = {name: value for name, value in code.globals.items() if isinstance(value, FusedSite)}
-    return FusedForward(owner, form, code.src, names, bound, tracer.inlined)
+    try:
+        code = graph.python_code("self")
+        names = {name: value for name, value in code.globals.items() if not isinstance(value, FusedSite)}
+        sites = {name: value for name, value in code.globals.items() if isinstance(value, FusedSite)}
+        return FusedForward(owner, form, code.src, names, sites, tracer.inlined)
+    except (RuntimeError, NotImplementedError, AttributeError, SyntaxError) as error:  # a call without a name
+        raise Untraceable(owner, f"its graph cannot be written as Python: {error}") from error

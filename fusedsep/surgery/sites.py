@@ -273,7 +273,11 @@ def _read_module(path: str, module: nn.Module) -> _Step:
         except NotABatchNorm as reason:
             raise NotASite(f"{described}: {reason}") from None
     if isinstance(module, nn.Conv2d):
-        return _Step("end", text=f"{described} {tuple(module.kernel_size)}") if is_depthwise(module) else _Step("pointwise")
+        return (
+            _Step("end", text=f"{described} {tuple(module.kernel_size)}")
+            if is_depthwise(module)
+            else _Step("pointwise")
+        )
     activation = activation_of_module(module)
     return _Step("other", text=described) if activation is None else _Step("activation", activation, described)
 

@@ -1,24 +1,27 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Symbolic tracing that knows who called whom, and that refuses whatever it would record wrongly.
 
-``torch.fx`` executes a forward once with symbolic values. Python that such a run cannot represent (a branch on a size, an
-attribute that the forward writes, a ``no_grad`` block) would silently be baked in or dropped, so it raises
+``torch.fx`` executes a forward once with symbolic values. Python that such a run cannot represent (a branch on a size,
+an attribute that the forward writes, a ``no_grad`` block) would silently be baked in or dropped, so it raises
 :class:`Untraceable` here, naming the module whose Python it is; the caller then keeps that module as it is.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import operator
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import fx
+
+from .helpers import Helper, failing_helper, recorded
 
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _CONSTANT_TYPES = (bool, int, float, str, type(None), torch.dtype)
@@ -26,11 +29,12 @@ _NOT_TENSORS = {getattr, len, "size", "dim", "ndimension", "numel", "item", "tol
 
 
 class Untraceable(Exception):
-    """The Python of ``module`` cannot be written down as a graph."""
+    """The Python of ``module`` cannot be written down as a graph; that of ``helper``, if there is one."""
 
-    def __init__(self, module: nn.Module, reason: str) -> None:
+    def __init__(self, module: nn.Module, reason: str, helper: Helper | None = None) -> None:
         super().__init__(reason)
         self.module = module
+        self.helper = helper
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -181,17 +185,24 @@ class Tracer(fx.Tracer):
     Args:
         root, form: what to trace, and how it is called.
         opaque: custom modules to show as one node.
+        helpers: functions to show as one node.
         inline: if given, the only modules to look into; otherwise every custom module that is not ``opaque``.
     """
 
     proxy_buffer_attributes = True
 
     def __init__(
-        self, root: nn.Module, form: CallForm, opaque: set[nn.Module], inline: set[nn.Module] | None = None
+        self,
+        root: nn.Module,
+        form: CallForm,
+        opaque: set[nn.Module],
+        helpers: Sequence[Helper] = (),
+        inline: set[nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self._form = form
         self._opaque = opaque
+        self._helpers = helpers
         self._inline = inline
         self._mode = _global_mode()
         self._calls = [Call(root, form)]
@@ -205,16 +216,15 @@ class Tracer(fx.Tracer):
     def run(self) -> fx.Graph:
         """The graph of the root. Raises :class:`Untraceable`."""
         root = self._calls[0].module
-        before = {module: dict(vars(module)) for module in root.modules()}
+        before = {module: _snapshot(module) for module in root.modules()}
         try:
-            graph = self.trace(root)
+            with recorded(self._helpers, self._record):
+                graph = self.trace(root)
         except Exception as error:  # whatever the forward raises when it meets symbolic values
-            raise Untraceable(self._blamed or root, _first_line(error)) from error
+            helper = failing_helper(error, {Tracer.run.__code__, Tracer.call_module.__code__})
+            raise Untraceable(self._blamed or root, _first_line(error), helper) from error
         finally:
-            changed = [module for module, state in before.items() if _differs(vars(module), state)]
-            for module in changed:
-                vars(module).clear()
-                vars(module).update(before[module])
+            changed = [module for module, snapshot in before.items() if _restore(module, snapshot)]
         if changed:
             raise Untraceable(changed[0], "its forward writes attributes")
         return graph
@@ -222,7 +232,8 @@ class Tracer(fx.Tracer):
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list]:
         def placeholder(name: str, marker: type) -> fx.Proxy:
             kind = TensorProxy if marker is TracedTensor else fx.Proxy
-            proxy = self.create_proxy("placeholder", name, (), {}, proxy_factory_fn=lambda node: kind(node, self))
+            target = f"{name}_{len(self.graph.nodes)}"  # a list gives several of one name
+            proxy = self.create_proxy("placeholder", target, (), {}, proxy_factory_fn=lambda node: kind(node, self))
             proxy.node.meta["tensor"] = marker is TracedTensor
             return proxy
 
@@ -260,6 +271,11 @@ class Tracer(fx.Tracer):
             self.see_through.add(m)
         return result
 
+    def _record(self, function: Any, args: tuple, kwargs: dict[str, Any]) -> fx.Proxy:
+        proxy = self.create_proxy("call_function", function, args, kwargs)
+        proxy.node.meta["opaque"] = True
+        return proxy
+
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> fx.Node:
         self._check_mode()
         node = super().create_node(kind, target, args, kwargs, *rest, **options)
@@ -296,8 +312,27 @@ def _global_mode() -> tuple[bool, ...]:
     )
 
 
-def _differs(state: dict[str, Any], before: dict[str, Any]) -> bool:
-    return state.keys() != before.keys() or any(value is not before[key] for key, value in state.items())
+def _snapshot(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Every attribute of ``module``, with a copy if it is a collection."""
+    return {
+        name: (value, copy.copy(value) if isinstance(value, (list, dict, set)) else None)
+        for name, value in vars(module).items()
+    }
+
+
+def _restore(module: nn.Module, snapshot: dict[str, tuple[Any, Any]]) -> bool:
+    """Undo what was done to the attributes of ``module``; say whether anything was."""
+    state = vars(module)
+    changed = state.keys() != snapshot.keys() or any(state[name] is not value for name, (value, _) in snapshot.items())
+    for value, content in snapshot.values():
+        if content is not None and len(value) != len(content):
+            changed = True
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
+    if changed:
+        state.clear()
+        state.update({name: value for name, (value, _) in snapshot.items()})
+    return changed
 
 
 def _first_line(error: Exception) -> str:

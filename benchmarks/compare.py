@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Time blocks or whole networks with the variants taking turns, and write the numbers that README shows.
+
+    python benchmarks/compare.py blocks
+    python benchmarks/compare.py networks --threads 2 --isa avx2
+
+pytest-benchmark finishes one variant before it begins the next, so a change of clock or load between them looks like a
+difference between them. Here each call of one variant is followed by one of the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import machine
+import shapes
+import subjects
+import torch
+
+import fusedsep
+from fusedsep.cli._arguments import CommandError, output_file, positive_int
+from fusedsep.cli._measure import Times, time_interleaved
+from fusedsep.cli._output import machine_line, write_json
+
+SUBJECTS: dict[str, Callable[[], Iterable[subjects.Subject]]] = {
+    "blocks": lambda: (subjects.block(shape) for shape in shapes.BLOCKS),
+    "networks": lambda: (subjects.network(*network) for network in shapes.NETWORKS),
+}
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    try:
+        if arguments.isa is not None:
+            fusedsep.use_isa(arguments.isa)
+        facts = machine.machine()
+    except ValueError as error:  # no such ISA here
+        sys.exit(f"compare.py: {error}")
+    print(machine_line(facts))
+    variants = subjects.variants(arguments.with_compile)
+    results = []
+    for subject in SUBJECTS[arguments.subject]():
+        calls = {str(variant): subject.call(variant) for variant in variants}
+        times = time_interleaved(calls, arguments.repeats)
+        print(f"\n{subject.network} {subject.name}")
+        for variant, time in times.items():
+            print(f"  {variant:22} {time.median:8.3f} ms ±{time.spread:.3f}")
+        results.append(
+            {
+                "network": subject.network,
+                "name": subject.name,
+                "gflop": subject.gflop,
+                "times": {variant: _summary(time) for variant, time in times.items()},
+            }
+        )
+    document = {
+        "subject": arguments.subject,
+        "machine": facts,
+        "settings": {"batch": 1, "repeats": arguments.repeats},
+        "results": results,
+    }
+    try:
+        write_json(arguments.output or _default_output(arguments.subject, facts), document)
+    except CommandError as error:
+        sys.exit(f"compare.py: {error}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("subject", choices=SUBJECTS)
+    parser.add_argument("--threads", type=positive_int, default=1, metavar="N", help="default: 1")
+    parser.add_argument("--isa", metavar="NAME", help="of fusedsep alone, not of torch (default: the best here)")
+    parser.add_argument("--repeats", type=positive_int, default=100, metavar="N", help="timed calls (default: 100)")
+    parser.add_argument("--with-compile", action="store_true", help="torch.compile too: seconds for each shape")
+    parser.add_argument(
+        "--output",
+        type=output_file,
+        metavar="FILE",
+        help="default: benchmarks/results/<subject>-<isa>.json, with the threads in the name if not 1",
+    )
+    return parser
+
+
+def _default_output(subject: str, facts: dict[str, Any]) -> Path:
+    RESULTS.mkdir(exist_ok=True)
+    threads = "" if facts["threads"] == 1 else f"-{facts['threads']}threads"
+    return RESULTS / f"{subject}-{facts['isa']}{threads}.json"
+
+
+def _summary(times: Times) -> dict[str, float]:
+    summary = {"median_ms": times.median, "spread_ms": times.spread, "min_ms": min(times.samples)}
+    return {name: round(value, 6) for name, value in summary.items()}  # whole nanoseconds
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the times depend on besides the code."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from fusedsep.cli import _output
+from fusedsep.cli._measure import time_interleaved
+
+_SIZE = 1024
+_REPEATS = 20
+
+
+def machine() -> dict[str, Any]:
+    """Processor, ISA, threads and versions; how far torch's own kernels go, and how fast a matrix product is here."""
+    return {
+        **_output.machine(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "sgemm_gflops": sgemm_gflops(),
+    }
+
+
+@functools.cache
+def sgemm_gflops() -> float:
+    """GFLOP/s of the fastest of 20 calls of ``torch.mm`` on float32 matrices of 1024 x 1024.
+
+    At the threads of the first call. It stands for the processor's limit, and is not it: a block may come out above.
+    """
+    a, b = torch.randn(_SIZE, _SIZE), torch.randn(_SIZE, _SIZE)
+    times = time_interleaved({"mm": lambda: torch.mm(a, b)}, _REPEATS)["mm"]
+    return 2e-6 * _SIZE**3 / min(times.samples)

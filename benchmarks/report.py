@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Put the results of compare.py as tables into a Markdown file, between ``<!-- blocks:begin -->`` and ``:end``.
+
+    python benchmarks/report.py README.md benchmarks/results/*.json
+    python benchmarks/report.py README.md benchmarks/results/*.json --check
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from fusedsep.cli._output import machine_line
+
+FORMATS = ("NCHW", "channels_last")
+LABELS = {"eager": "eager", "folded": "BN folded", "compiled": "compiled", "fused": "fused", "frozen": "frozen"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("markdown", type=Path)
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the tables are not up to date")
+    arguments = parser.parse_args(argv)
+    old = new = arguments.markdown.read_text()
+    documents = [json.loads(path.read_text()) for path in arguments.results]
+    for subject in dict.fromkeys(document["subject"] for document in documents):
+        tables = [render(document) for document in documents if document["subject"] == subject]
+        new = replace_region(new, subject, "\n".join(tables))
+    if not arguments.check:
+        arguments.markdown.write_text(new)
+    elif new != old:
+        print(f"{arguments.markdown} does not show these results: run benchmarks/report.py", file=sys.stderr)
+        return 1
+    return 0
+
+
+def replace_region(text: str, name: str, content: str) -> str:
+    """``text`` with ``content`` between the markers of region ``name``.
+
+    Raises:
+        ValueError: the markers are not there, once each and in order.
+    """
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    head, found, rest = text.partition(begin)
+    _, found_end, tail = rest.partition(end)
+    if not (found and found_end) or text.count(begin) + text.count(end) != 2:
+        raise ValueError(f"the text must hold {begin} and behind it {end}, once each")
+    return f"{head}{begin}\n\n{content}\n{end}{tail}"
+
+
+def render(document: dict[str, Any]) -> str:
+    """The Markdown for one file of results: the first network's table, those of the others folded away, a legend."""
+    networks = [list(group) for _, group in itertools.groupby(document["results"], key=lambda result: result["network"])]
+    first, others = networks[0], list(itertools.chain(*networks[1:]))
+    machine = document["machine"]
+    lines = [f"**{first[0]['network']}** on {machine_line(machine)}.", "", *_table(first, machine), ""]
+    if others:
+        lines += ["<details><summary>Blocks of other networks</summary>", ""]
+        lines += [*_table(others, machine, with_network=True), "", "</details>", ""]
+    lines += [_legend(document), ""]
+    return "\n".join(lines)
+
+
+def speed(result: dict[str, Any], engine: str) -> float:
+    """How many times as fast as eager ``engine`` is, each in the memory format that suits it better."""
+    return best_ms(result, "eager") / best_ms(result, engine)
+
+
+def best_ms(result: dict[str, Any], engine: str) -> float:
+    """Median milliseconds in the faster memory format."""
+    return min(times["median_ms"] for variant, times in result["times"].items() if variant.split()[0] == engine)
+
+
+def _table(results: list[dict[str, Any]], machine: dict[str, Any], with_network: bool = False) -> list[str]:
+    present = [engine for engine in LABELS if any(name.split()[0] == engine for name in results[0]["times"])]
+    header = ["", *(LABELS[engine] for engine in present)]
+    header += ["speed, fused", "speed, frozen", "GFLOP/s", "of sgemm"]
+    lines = [_row(header), _row(["---", *["---:"] * (len(header) - 1)])]
+    for result in results:
+        gflops = result["gflop"] / best_ms(result, "frozen") * 1e3
+        lines.append(
+            _row(
+                [
+                    f"{result['network']}: {result['name']}" if with_network else result["name"],
+                    *(_times(result, engine) for engine in present),
+                    *(f"{speed(result, engine):.2f}x" for engine in ("fused", "frozen")),
+                    f"{gflops:.0f}",
+                    f"{gflops / machine['sgemm_gflops']:.0%}",
+                ]
+            )
+        )
+    return lines
+
+
+def _times(result: dict[str, Any], engine: str) -> str:
+    times = [result["times"].get(f"{engine} {memory_format}") for memory_format in FORMATS]
+    return " · ".join("–" if time is None else f"{time['median_ms']:#.3g}".rstrip(".") for time in times)
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _legend(document: dict[str, Any]) -> str:
+    results, settings = document["results"], document["settings"]
+    spread = max(time["spread_ms"] / time["median_ms"] for result in results for time in result["times"].values())
+    return (
+        f"Median milliseconds, {' · '.join(FORMATS)}, batch {settings['batch']}, of {settings['repeats']} calls in turns; "
+        f"half of the quartile range is at most {spread:.0%} of the median. Each variant was checked against float64 "
+        "first. *speed*: times that of eager, either in the memory format that suits it better. *GFLOP/s*: of frozen; *of "
+        f"sgemm*: the same as a share of the {document['machine']['sgemm_gflops']:.0f} GFLOP/s that `torch.mm` reaches at 1024 x 1024."
+    )
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (OSError, ValueError) as error:
+        sys.exit(f"report.py: {error}")

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Fixtures and the rule for skips: what a machine lacks is skipped locally, and fails where it is known to be there."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import fusedsep
+from fusedsep import _C, _ops
+
+#: Marker -> whether the machine lacks what it needs. ``FAIL_WITHOUT_AVX512=1`` turns the skips of ``needs_avx512`` into
+#: failures: for machines that are known to have it, so that a broken detection cannot pass for a missing feature.
+_LACKING = {
+    "needs_avx2": lambda: "avx2" not in _C.supported_isas(),
+    "needs_avx512": lambda: "avx512" not in _C.supported_isas(),
+}
+
+#: How the reason of every skip begins that this suite may have. With ``CI`` set, any other skip fails the run.
+EXPECTED_SKIPS = [f"{marker}: " for marker in _LACKING]
+
+COMPILED_ISAS = [
+    pytest.param(name, marks=[getattr(pytest.mark, f"needs_{name}")] if f"needs_{name}" in _LACKING else [])
+    for name in _C.compiled_isas()
+]
+
+
+def pytest_runtest_setup(item):
+    for marker, lacks in _LACKING.items():
+        if item.get_closest_marker(marker) is not None and lacks():
+            thing = marker.removeprefix("needs_").upper()
+            message = f"{marker}: this machine has no {thing}"
+            if os.environ.get(f"FAIL_WITHOUT_{thing}") == "1":
+                pytest.fail(f"{message}, but FAIL_WITHOUT_{thing}=1 says that it does")
+            pytest.skip(message)
+
+
+_unexpected_skips: list[str] = []
+
+
+def _note_skip(report):
+    if not report.skipped or hasattr(report, "wasxfail"):
+        return
+    reason = report.longrepr[2].removeprefix("Skipped: ")
+    if not reason.startswith(tuple(EXPECTED_SKIPS)):
+        _unexpected_skips.append(f"{report.nodeid}: {reason}")
+
+
+pytest_runtest_logreport = _note_skip
+pytest_collectreport = _note_skip
+
+
+def pytest_sessionfinish(session):
+    if _unexpected_skips and os.environ.get("CI") and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter):
+    if _unexpected_skips:
+        terminalreporter.section("skips that tests/conftest.py does not expect")
+        for line in _unexpected_skips:
+            terminalreporter.line(line)
+
+
+@pytest.fixture(autouse=True)
+def _restore_process_state():
+    """Threads, ISA and determinism are settings of the whole process: no test leaves them changed."""
+    threads, isa = torch.get_num_threads(), _C.active_isa()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+    _C.use_isa(isa)
+
+
+@pytest.fixture(params=COMPILED_ISAS)
+def isa(request):
+    """Runs the test once for each ISA; its kernels are in use meanwhile."""
+    fusedsep.use_isa(request.param)
+    return request.param
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """The positional arguments of every call of the kernel operator from now on: proof that it ran, or did not."""
+    calls = []
+    operator = _ops.separable_conv2d
+
+    def record(*arguments):
+        calls.append(arguments)
+        return operator(*arguments)
+
+    monkeypatch.setattr(_ops, "separable_conv2d", record)
+    return calls

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Run by test_guard_pages.py in a process of its own: every operand lies between pages that must not be touched.
+
+A read or write out of bounds ends the process with a segmentation fault; the last line printed says where.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import mmap
+import sys
+
+import numpy as np
+import torch
+from cases import ACTIVATION_CODES, Case, operands
+
+import fusedsep
+from fusedsep import _C, _ops
+
+_PAGE = mmap.PAGESIZE
+_PROT_NONE = 0
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+CASES = [
+    *(
+        Case(channels, out_channels, 3, width, stride)
+        for channels, out_channels in ((1, 1), (3, 5), (7, 15), (8, 16), (9, 17), (15, 31), (16, 32), (17, 33))
+        for width, stride in itertools.product((1, 2, 3, 7, 8, 9, 15, 16, 17, 33), (1, 2))
+    ),
+    *(Case(5, 6, 1, width, pads=(0, 0, 1, 1)) for width in (3, 4, 9, 10, 17, 18, 19, 34)),
+    *(Case(5, 6, 9, width, stride, (0, 0, 0, 0)) for width, stride in itertools.product((3, 10, 17, 18, 33), (1, 2))),
+    *(Case(5, 6, 4, 20, stride, (5, 7, 6, 8), dilation) for stride, dilation in itertools.product((1, 2), (1, 2, 3))),
+    Case(130, 40, 3, 3),
+    Case(600, 7, 2, 3),
+    Case(3, 4, 47, 46, batch=2),
+]
+
+
+def guarded(array: np.ndarray, at_end: bool) -> np.ndarray:
+    """A copy of ``array`` that ends at an inaccessible page, or begins right behind one; both sides are guarded."""
+    size = -(-max(array.nbytes, 1) // _PAGE) * _PAGE
+    memory = mmap.mmap(-1, size + 2 * _PAGE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for guard in (address, address + _PAGE + size):
+        if _libc.mprotect(guard, _PAGE, _PROT_NONE) != 0:
+            raise OSError(ctypes.get_errno(), "mprotect")
+    offset = _PAGE + (size - array.nbytes if at_end else 0)
+    copy = np.frombuffer(memory, array.dtype, array.size, offset).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def check(case: Case, dtype: type, channels_last: bool, isa: str) -> None:
+    x, *weights = operands(case, dtype)
+    shape = case.out_shape
+    if channels_last:
+        x = np.ascontiguousarray(x.transpose(0, 2, 3, 1))
+        shape = (shape[0], *shape[2:], shape[1])
+    options = {
+        "pads": case.pads,
+        "stride": case.stride,
+        "dilation": case.dilation,
+        "pointwise_activation": ACTIVATION_CODES[case.pointwise_activation],
+        "channels_last": channels_last,
+    }
+    expected = _C.separable_conv2d(x, *weights, **options, isa=isa)
+    for at_end in (True, False):
+        operands_there = [guarded(array, at_end) for array in (x, *weights)]
+        out = guarded(np.full(shape, np.nan, dtype), at_end)
+        _C.separable_conv2d(*operands_there, **options, isa=isa, out=out)
+        assert np.array_equal(out, expected)
+
+        # The operators read weights that they packed themselves: those too.
+        dw_weight, dw_bias, pw_weight, pw_bias = map(torch.from_numpy, operands_there[1:])
+        packed = _ops.pack(dw_weight[:, None], None, dw_bias, pw_weight[:, :, None, None], None, pw_bias, channels_last)
+        packed = torch.from_numpy(guarded(packed.numpy(), at_end))
+        image = torch.from_numpy(operands_there[0])
+        y = _ops.separable_conv2d(
+            image.permute(0, 3, 1, 2) if channels_last else image,
+            packed,
+            case.out_channels,
+            case.stride,
+            case.dilation,
+            *case.pads,
+            ACTIVATION_CODES[case.activation],
+            ACTIVATION_CODES[case.pointwise_activation],
+            channels_last,
+        )
+        assert np.array_equal(y.permute(0, 2, 3, 1) if channels_last else y, expected)
+
+
+def main() -> None:
+    if sys.argv[1] == "prove-the-guard":
+        array = guarded(np.ones(3, np.float32), at_end=True)
+        print("reading behind the end", flush=True)
+        ctypes.string_at(array.ctypes.data, array.nbytes + 1)
+        print("got away with it")
+        return
+    torch.set_num_threads(1)
+    fusedsep.use_isa(sys.argv[1])
+    for case, dtype, channels_last in itertools.product(CASES, (np.float32, np.float64), (False, True)):
+        print(case, dtype.__name__, "channels_last" if channels_last else "nchw", flush=True)
+        check(case, dtype, channels_last, sys.argv[1])
+    print("done")
+
+
+if __name__ == "__main__":
+    main()

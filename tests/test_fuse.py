@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""``fuse`` finds every site, leaves look-alikes alone, and changes nothing but the speed."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from article import ShortBlock
+from models import MobileNetV2, PaddedBlock, WithDefaults, chain, depthwise, pointwise
+from randomize import randomized
+from zoo import FUSABLE, LOOK_ALIKES, assert_as_close_to_float64, build, tensors_of
+
+import fusedsep
+
+
+def regenerated(model):
+    return [module for module in model.modules() if "forward" in vars(module)]
+
+
+@pytest.mark.parametrize("name", FUSABLE)
+def test_every_site_runs_as_one_operation(name, kernel_calls):
+    model, x, sites = build(FUSABLE[name])
+    keys = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        fused = fusedsep.fuse(model)
+        assert len({id(site.dw) for m in regenerated(fused) for site in m.forward.sites.values()}) == sites
+        assert not regenerated(model)
+        fused(x)
+        assert len(kernel_calls) >= sites
+        assert_as_close_to_float64(fused, model, x)
+        assert_as_close_to_float64(fused, model, x.contiguous(memory_format=torch.channels_last))
+    assert fused.state_dict().keys() == keys.keys()
+    assert all(torch.equal(value, keys[key]) for key, value in fused.state_dict().items())
+
+
+@pytest.mark.parametrize("name", FUSABLE)
+def test_training_mode_runs_the_original_forward(name, kernel_calls):
+    model, x, _ = build(FUSABLE[name])
+    fused = fusedsep.fuse(model)
+    for seed in (0, 1):
+        outputs = []
+        for network in (model.train(), fused.train()):
+            torch.manual_seed(seed)
+            outputs.append(tensors_of(network(x)))
+            sum(part.square().mean() for part in outputs[-1]).backward()
+        assert all(map(torch.equal, *outputs))
+    assert not kernel_calls
+    for (name, ours), (_, theirs) in zip(fused.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad), name
+    assert all(map(torch.equal, fused.state_dict().values(), model.state_dict().values()))
+    with torch.no_grad():
+        assert_as_close_to_float64(fused.eval(), model.eval(), x)
+    assert kernel_calls
+
+
+@pytest.mark.parametrize("name", LOOK_ALIKES)
+def test_look_alikes_are_left_alone(name):
+    model, x, _ = build(LOOK_ALIKES[name])
+    fused = fusedsep.fuse(model)
+    assert not regenerated(fused)
+    assert all(map(torch.equal, tensors_of(fused(x)), tensors_of(model(x))))
+
+
+def test_padding_is_absorbed_only_where_it_is_zeros():
+    def pre_pad(pad):
+        fused = fusedsep.fuse(PaddedBlock(4, pad).eval())
+        (site,) = fused.forward.sites.values()
+        return tuple(site.separable.pre_pad)
+
+    assert pre_pad(None) == pre_pad(nn.ZeroPad2d((0, 1, 0, 1))) == (0, 1, 0, 1)
+    assert pre_pad(nn.Sequential(nn.ZeroPad2d(1), nn.ConstantPad2d((0, 1, 2, 0), 0.0))) == (1, 2, 3, 1)
+    for in_front in (nn.ConstantPad2d(1, 1.0), nn.ZeroPad2d((-1, 1, 0, 0)), nn.ReplicationPad2d(1)):
+        assert pre_pad(in_front) == (0, 0, 0, 0)
+
+
+def test_padding_that_something_else_reads_stays_in_front():
+    class TwoReaders(PaddedBlock):
+        def forward(self, x):
+            padded = self.pad(x)
+            return self.pw(F.relu(self.bn1(self.dw(padded)))), padded.sum()
+
+    model = TwoReaders(4, nn.ZeroPad2d(1)).eval()
+    fused = fusedsep.fuse(model)
+    (site,) = fused.forward.sites.values()
+    assert tuple(site.separable.pre_pad) == (0, 0, 0, 0)
+    x = torch.randn(1, 4, 6, 6)
+    torch.testing.assert_close(fused(x), model(x))
+
+
+def test_owner_is_the_innermost_module_that_holds_the_site():
+    fused = fusedsep.fuse(MobileNetV2().eval())
+    assert regenerated(fused) == [fused.features[i].conv for i in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_copy_by_default_and_modes_are_kept(training):
+    model = MobileNetV2().train(training)
+    model.features[0].train(not training)
+    modes = [module.training for module in model.modules()]
+    fused = fusedsep.fuse(model)
+    assert fused is not model
+    assert [module.training for module in fused.modules()] == modes
+    assert [module.training for module in model.modules()] == modes
+    assert fusedsep.fuse(model, inplace=True) is model
+
+
+def test_fusing_twice_is_fusing_once(kernel_calls):
+    model = MobileNetV2().eval()
+    twice = fusedsep.fuse(fusedsep.fuse(model))
+    assert [type(m) for m in twice.modules()] == [type(m) for m in model.modules()]
+    twice(torch.randn(1, 3, 16, 16))
+    assert len(kernel_calls) == 3
+
+
+def test_defuse_restores(kernel_calls):
+    model = fusedsep.fuse(MobileNetV2().eval())
+    assert fusedsep.defuse(model) is model
+    assert not regenerated(model)
+    model(torch.randn(1, 3, 16, 16))
+    assert not kernel_calls
+
+
+def test_block_class_is_left_as_it_is():
+    model = nn.Sequential(fusedsep.DepthwiseSeparableBlock(4, 6), nn.ReLU()).eval()
+    assert not regenerated(fusedsep.fuse(model))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies_run_their_own_modules(how, kernel_calls):
+    model = randomized(MobileNetV2()).eval()
+    fused = fusedsep.fuse(model)
+    if how == "deepcopy":
+        twin = copy.deepcopy(fused)
+    elif how == "pickle":
+        twin = pickle.loads(pickle.dumps(fused))
+    else:
+        buffer = io.BytesIO()
+        torch.save(fused, buffer)
+        buffer.seek(0)
+        twin = torch.load(buffer, weights_only=False)
+    x = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(twin(x), fused(x))
+        before = fused(x)
+        for parameter in twin.parameters():
+            parameter.mul_(1.5)
+        assert not torch.equal(twin(x), before)
+        assert torch.equal(fused(x), before)
+    assert len(kernel_calls) == 15
+
+
+def test_in_place_change_of_the_input_after_the_site_started():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dw, self.pw = depthwise(4), pointwise(4, 4)
+
+        def forward(self, x):
+            x = x * 1
+            h = self.dw(x)
+            x.relu_()
+            return self.pw(F.relu(h)) + x
+
+    model = InPlace().eval()
+    x = torch.randn(1, 4, 8, 8)
+    torch.testing.assert_close(fusedsep.fuse(model)(x), model(x))
+
+
+def test_shared_block_and_shared_activation(kernel_calls):
+    block = randomized(ShortBlock(4, 4))
+    model = nn.Sequential(block, nn.ReLU(), block).eval()
+    fused = fusedsep.fuse(model)
+    x = torch.randn(1, 4, 8, 8)
+    torch.testing.assert_close(fused(x), model(x))
+    assert len(kernel_calls) == 2
+
+
+def test_gradients_in_eval_mode():
+    model = randomized(MobileNetV2()).double().eval()
+    fused = fusedsep.fuse(model)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.double)
+    for network in (model, fused):
+        network(x).square().sum().backward()
+    for ours, theirs in zip(fused.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_parametrized_convolutions_are_fused(kernel_calls):
+    model = chain(nn.ReLU()).eval()
+    nn.utils.parametrizations.weight_norm(model[3])
+    fused = fusedsep.fuse(model)
+    x = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        assert_as_close_to_float64(fused, model, x)
+    assert kernel_calls
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_fused_model_can_be_traced():
+    model = randomized(MobileNetV2()).eval()
+    fused = fusedsep.fuse(model)
+    x = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.fx.symbolic_trace(fused)(x), model(x))
+        torch.testing.assert_close(torch.jit.trace(fused, x)(x), model(x))
+
+
+@pytest.mark.parametrize("function", [fusedsep.fuse, fusedsep.freeze])
+def test_compile_and_export(function):
+    model = randomized(MobileNetV2()).eval()
+    ours = function(model)
+    x = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(ours, backend="eager", fullgraph=True)(x), model(x))
+        torch.testing.assert_close(torch.export.export(ours, (x,)).module()(x), model(x))
+
+
+def test_functional_call_uses_the_given_parameters():
+    model = randomized(MobileNetV2()).eval()
+    fused = fusedsep.fuse(model)
+    other = randomized(MobileNetV2(), seed=1).state_dict()
+    x = torch.randn(1, 3, 16, 16)
+    torch.testing.assert_close(
+        torch.func.functional_call(fused, other, (x,)), torch.func.functional_call(model, other, (x,))
+    )
+
+
+def test_signature_is_the_original_one():
+    model = WithDefaults()
+    assert inspect.signature(fusedsep.fuse(model).forward) == inspect.signature(model.forward)
+
+
+def test_unbatched_map():
+    model = randomized(nn.Sequential(depthwise(4), nn.ReLU(), pointwise(4, 6, bias=True))).eval()
+    x = torch.randn(4, 8, 8)
+    torch.testing.assert_close(fusedsep.fuse(model)(x), model(x))
+
+
+@pytest.mark.parametrize("function", [fusedsep.fuse, fusedsep.defuse, fusedsep.fusion_report, fusedsep.freeze])
+@pytest.mark.parametrize(
+    "model, message",
+    [(3, "model must be an nn.Module, got int"), (nn.Linear, "model must be an nn.Module, got type")],
+)
+def test_something_else_than_a_module(function, model, message):
+    with pytest.raises(TypeError, match=message):
+        function(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("function", [fusedsep.fuse, fusedsep.defuse, fusedsep.fusion_report, fusedsep.freeze])
+def test_a_scripted_module(function):
+    scripted = torch.jit.script(nn.Sequential(nn.ReLU()))
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module with a Python forward"):
+        function(scripted)
