@@ -16,7 +16,7 @@ from fusedsep.cli._arguments import positive_int
 
 def pytest_addoption(parser):
     group = parser.getgroup("fusedsep")
-    group.addoption("--threads", type=positive_int, default=1, metavar="N", help="torch's intra-op threads (default: 1)")
+    group.addoption("--threads", type=positive_int, default=1, metavar="N", help="torch's threads (default: 1)")
     group.addoption(
         "--with-compile", action="store_true", help="time torch.compile too, which takes seconds to compile each shape"
     )

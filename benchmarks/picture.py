@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Draw the blocks of the first network in a file of results. Needs matplotlib.
 
-    python benchmarks/picture.py benchmarks/results/blocks-avx512.json benchmarks/results/blocks.svg
+python benchmarks/picture.py benchmarks/results/blocks-avx512.json benchmarks/results/blocks.svg
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BARS = {"eager": "#afb8c1", "fused": "#54aeff", "frozen": "#0969da"}
 _LABELS = {"eager": "torch eager", "fused": "fusedsep.fuse", "frozen": "fusedsep.freeze"}
 _BAR = 0.26  # height of one bar; a block has three, and its distance to the next is 1
 # Inches.
-_WIDTH, _ROW, _HEADER, _FOOTER, _LEFT, _RIGHT = 9.5, 0.56, 1.15, 0.75, 1.85, 0.35
+_WIDTH, _ROW, _HEADER, _FOOTER, _LEFT, _RIGHT = 9.5, 0.56, 1.45, 0.65, 1.85, 0.35
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,11 +54,12 @@ def draw(document: dict[str, Any], path: Path) -> None:
         figure.text(0.3 / _WIDTH, 1 - 0.63 / height, subtitle, va="top", fontsize=9.5, color=_MUTED)
         _draw_blocks(axes, results)
         _draw_sgemm(axes, document["machine"]["sgemm_gflops"])
-        axes.set_xlabel("GFLOP/s, either in its faster memory format", fontsize=9.5, color=_MUTED)
+        axes.set_xlabel("GFLOP/s, each in the memory format that suits it better", fontsize=9.5, color=_MUTED)
         figure.legend(
             *axes.get_legend_handles_labels(),
-            loc="lower left",
-            bbox_to_anchor=(0.22 / _WIDTH, 0.02),
+            loc="upper left",
+            bbox_to_anchor=(0.21 / _WIDTH, 1 - 0.83 / height),
+            borderaxespad=0,
             ncols=len(_BARS),
             frameon=False,
             fontsize=9.5,
@@ -82,7 +83,7 @@ def _draw_blocks(axes: Axes, results: list[dict[str, Any]]) -> None:
                 (-5, 0),
                 textcoords="offset points",
                 ha="right",
-                va="center",
+                va="center_baseline",
                 fontsize=7.5,
                 weight="bold",
                 color="white" if engine == "frozen" else _TEXT,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Put the results of compare.py as tables into a Markdown file, between ``<!-- blocks:begin -->`` and ``:end``.
 
-    python benchmarks/report.py README.md benchmarks/results/*.json
-    python benchmarks/report.py README.md benchmarks/results/*.json --check
+python benchmarks/report.py README.md benchmarks/results/*.json
+python benchmarks/report.py README.md benchmarks/results/*.json --check
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def replace_region(text: str, name: str, content: str) -> str:
 
 def render(document: dict[str, Any]) -> str:
     """The Markdown for one file of results: the first network's table, those of the others folded away, a legend."""
-    networks = [list(group) for _, group in itertools.groupby(document["results"], key=lambda result: result["network"])]
+    networks = [
+        list(group) for _, group in itertools.groupby(document["results"], key=lambda result: result["network"])
+    ]
     first, others = networks[0], list(itertools.chain(*networks[1:]))
     machine = document["machine"]
     lines = [f"**{first[0]['network']}** on {machine_line(machine)}.", "", *_table(first, machine), ""]

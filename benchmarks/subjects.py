@@ -54,7 +54,7 @@ class Variant(NamedTuple):
 
 
 def variants(with_compile: bool = False) -> list[Variant]:
-    """Every engine in both formats. Inductor chooses its own format inside, so ``compiled`` gets channels_last alone."""
+    """Every engine in both formats, but ``compiled`` in channels_last alone: Inductor chooses its own format inside."""
     return [
         Variant(engine, memory_format)
         for engine in ENGINES

@@ -254,11 +254,21 @@ def _dense(x: torch.Tensor) -> tuple[torch.Tensor, bool, bool]:
     unbatched = x.dim() == 3
     if unbatched:
         x = x.unsqueeze(0)
-    if x.is_contiguous():
-        return x, False, unbatched
-    channels_last = x.stride(1) == 1 and x.shape[1] > 1
+    # As torch decides: a map of one pixel is NCHW, and one channel is what its strides say.
+    channels_last = x.stride(1) == 1 and x.shape[2] * x.shape[3] > 1
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return x.contiguous(memory_format=memory_format), channels_last, unbatched
+
+
+def _is_channels_last(x: torch.Tensor) -> bool:
+    """ATen's rule (``Tensor.suggest_memory_format``): strides grow in the order C, W, H, N; where they tell nothing, no."""
+    smallest = 0
+    for dim in (1, 3, 2, 0):
+        size, stride = x.shape[dim], x.stride(dim)
+        if size == 0 or stride < smallest or (dim == 0 and smallest == x.stride(1)):
+            return False
+        smallest = stride * max(size, 1)
+    return True
 
 
 def _own_pads(dw: nn.Conv2d) -> object:

@@ -57,11 +57,8 @@ def plain(*args, **kwargs):
 
 @DTYPES
 @FORMATS
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck_of_separable_conv2d(dtype, channels_last, requires_grad):
-    call = arguments(dtype=dtype, channels_last=channels_last, stride=2)
-    call[0].requires_grad_(requires_grad)
-    torch.library.opcheck(_ops.separable_conv2d, call)
+def test_opcheck_of_separable_conv2d(dtype, channels_last):
+    torch.library.opcheck(_ops.separable_conv2d, arguments(dtype=dtype, channels_last=channels_last, stride=2))
 
 
 @DTYPES
@@ -120,8 +117,6 @@ def test_output_is_dense_in_the_format_of_the_input(channels_last):
 def test_memory_format_of_a_block_is_that_of_unfused_torch(channels, size, channels_last):
     block, twin = plain(channels, 6, padding=2)
     x = in_format(random(2, channels, *size), channels_last)
-    if channels == 1 and channels_last:
-        pytest.xfail("one channel is dense in both formats; the block takes it for NCHW")
     with torch.no_grad():
         assert block(x).stride() == twin(x).stride()
 
@@ -245,7 +240,6 @@ def test_eight_python_threads_at_once():
         (0, torch.zeros(2, 5, 6, 9, dtype=torch.int64), "x must be float32 or float64"),
         (0, torch.zeros(2, 5, 6, 9, dtype=torch.double), "packed must be what fusedsep::pack returned, of the dtype of x"),
         (0, torch.zeros(2, 6, 6, 9), "packed must have been packed for isa .*6 -> 7 channels"),
-        (0, torch.zeros(2, 5, 0, 9), "x is too small: height 0"),
         (1, torch.zeros(3), "packed must be what fusedsep::pack returned"),
         (1, torch.zeros(100000), "packed must have been packed for isa"),
         (1, torch.zeros(2, 3), "packed must be what fusedsep::pack returned"),

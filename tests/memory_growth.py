@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Run by test_memory.py in a process of its own: how far the peak of resident memory rises during one call."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+import fusedsep
+from fusedsep import _C
+
+
+def peak_bytes() -> int:
+    """The largest resident size so far. Linux counts in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def touched(*shape: int) -> np.ndarray:
+    """An array whose pages are there already."""
+    return np.ones(shape, np.float32)
+
+
+def images(channels: int, size: int, channels_last: bool) -> np.ndarray:
+    return touched(1, size, size, channels) if channels_last else touched(1, channels, size, size)
+
+
+def growth(call: Callable[[], object]) -> int:
+    """Nothing was larger before, so that the peak is what is there now."""
+    before = peak_bytes()
+    call()
+    return peak_bytes() - before
+
+
+def of_kernels(channels_last: bool, isa: str, threads: int, channels: int, size: int) -> int:
+    dw_weight, pw_weight = touched(channels, 3, 3), touched(2, channels)
+
+    def call(x: np.ndarray, out: np.ndarray) -> None:
+        _C.separable_conv2d(
+            x, dw_weight, None, pw_weight, None, channels_last=channels_last, isa=isa, threads=threads, out=out
+        )
+
+    call(images(channels, 3, channels_last), images(2, 3, channels_last))  # code and weights are in memory from here on
+    x, out = images(channels, size, channels_last), images(2, size, channels_last)
+    return growth(lambda: call(x, out))
+
+
+def of_model(model: torch.nn.Module, channels_last: bool, isa: str, threads: int, channels: int, size: int) -> int:
+    """Beyond the output."""
+    torch.set_num_threads(threads)
+    fusedsep.use_isa(isa)
+
+    def tensor(size: int) -> torch.Tensor:
+        x = torch.from_numpy(images(channels, size, channels_last))
+        return x.permute(0, 3, 1, 2) if channels_last else x
+
+    with torch.inference_mode():
+        model(tensor(64))  # threads and packed weights are there from here on
+        x = tensor(size)
+        return growth(lambda: model(x)) - 2 * size * size * 4
+
+
+def main(what: str, channels_last: str, isa: str, threads: str, channels: str, size: str) -> None:
+    numbers = (channels_last == "channels_last", isa, int(threads), int(channels), int(size))
+    if what == "kernels":
+        print(of_kernels(*numbers))
+    else:
+        kind = fusedsep.DepthwiseSeparableBlock if what == "block" else fusedsep.reference.DepthwiseSeparableBlock
+        print(of_model(kind(int(channels), 2).eval(), *numbers))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

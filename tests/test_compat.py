@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The private names of torch behind fusedsep/_compat.py do what the package takes them to do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fusedsep import _compat
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f, x: torch.func.grad(f)(x),
+        lambda f, x: torch.func.vmap(f)(x),
+        lambda f, x: torch.func.jvp(f, (x,), (x,)),
+        lambda f, x: torch.func.vjp(f, x),
+        lambda f, x: torch.func.jacrev(f)(x),
+        lambda f, x: torch.func.jacfwd(f)(x),
+        lambda f, x: torch.func.functionalize(f)(x),
+    ],
+    ids=["grad", "vmap", "jvp", "vjp", "jacrev", "jacfwd", "functionalize"],
+)
+def test_functorch_is_active_inside_its_transforms(transform):
+    seen = []
+
+    def function(x):
+        seen.append(_compat.functorch_is_active())
+        return x.sum()
+
+    assert not _compat.functorch_is_active()
+    transform(function, torch.ones(3))
+    assert seen
+    assert all(seen)
+    assert not _compat.functorch_is_active()
+
+
+def test_forward_ad_is_active_inside_a_dual_level():
+    assert not _compat.forward_ad_is_active()
+    with forward_ad.dual_level():
+        assert _compat.forward_ad_is_active()
+    assert not _compat.forward_ad_is_active()
+
+
+def test_a_dispatch_mode_is_active_inside_it():
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    assert not _compat.dispatch_mode_is_active()
+    for mode in (Mode(), FlopCounterMode(display=False), torch._subclasses.FakeTensorMode()):
+        with mode:
+            assert _compat.dispatch_mode_is_active()
+        assert not _compat.dispatch_mode_is_active()
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, lambda: torch.device("cpu")])
+def test_ordinary_contexts_are_no_dispatch_modes(context):
+    with context():
+        assert not _compat.dispatch_mode_is_active()
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_forward_pre_hook,
+        nn.modules.module.register_module_full_backward_hook,
+        nn.modules.module.register_module_full_backward_pre_hook,
+    ],
+)
+def test_global_hooks_are_seen(register):
+    assert not _compat.has_global_hooks()
+    handle = register(lambda *_: None)
+    try:
+        assert _compat.has_global_hooks()
+    finally:
+        handle.remove()
+    assert not _compat.has_global_hooks()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ],
+)
+def test_hooks_of_a_module_are_seen(method):
+    module = nn.Conv2d(1, 1, 1)
+    assert not _compat.has_hooks(module)
+    handle = getattr(module, method)(lambda *_: None)
+    assert _compat.has_hooks(module)
+    handle.remove()
+    assert not _compat.has_hooks(module)
+
+
+def test_hooks_that_do_not_run_at_calls_do_not_count():
+    module = nn.Conv2d(1, 1, 1)
+    module.register_state_dict_post_hook(lambda *_: None)
+    module.register_load_state_dict_pre_hook(lambda *_: None)
+    assert not _compat.has_hooks(module)
+
+
+def test_every_private_name_of_torch_is_in_one_file():
+    """`torch._C`, `module._forward_hooks` and the like occur nowhere else in the package."""
+    package = Path(_compat.__file__).parent
+    private = re.compile(r"\b(torch|forward_ad)\._[a-zA-Z]|\._(forward|backward)(_pre)?_hooks\b|\._has_any_global")
+    found = [
+        f"{path.relative_to(package)}:{number}: {line.strip()}"
+        for path in sorted(package.rglob("*.py"))
+        if path.name != "_compat.py"
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if private.search(line)
+    ]
+    assert not found
