@@ -8,8 +8,8 @@ python benchmarks/report.py README.md benchmarks/results/*.json --check
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,9 @@ def replace_region(text: str, name: str, content: str) -> str:
 
 def render(document: dict[str, Any]) -> str:
     """The Markdown for one file of results: the first network's table, those of the others folded away, a legend."""
-    networks = [
-        list(group) for _, group in itertools.groupby(document["results"], key=lambda result: result["network"])
-    ]
-    first, others = networks[0], list(itertools.chain(*networks[1:]))
-    machine = document["machine"]
+    results, machine = document["results"], document["machine"]
+    first = [result for result in results if result["network"] == results[0]["network"]]
+    others = [result for result in results if result not in first]
     lines = [f"**{first[0]['network']}** on {machine_line(machine)}.", "", *_table(first, machine), ""]
     if others:
         lines += ["<details><summary>Blocks of other networks</summary>", ""]
@@ -101,7 +99,7 @@ def _table(results: list[dict[str, Any]], machine: dict[str, Any], with_network:
 
 def _times(result: dict[str, Any], engine: str) -> str:
     times = [result["times"].get(f"{engine} {memory_format}") for memory_format in FORMATS]
-    return " · ".join("–" if time is None else f"{time['median_ms']:#.3g}".rstrip(".") for time in times)
+    return " · ".join("-" if time is None else f"{time['median_ms']:#.3g}".rstrip(".") for time in times)
 
 
 def _row(cells: list[str]) -> str:
@@ -110,12 +108,13 @@ def _row(cells: list[str]) -> str:
 
 def _legend(document: dict[str, Any]) -> str:
     results, settings = document["results"], document["settings"]
-    spread = max(time["spread_ms"] / time["median_ms"] for result in results for time in result["times"].values())
+    spreads = [time["spread_ms"] / time["median_ms"] for result in results for time in result["times"].values()]
+    sgemm = document["machine"]["sgemm_gflops"]
     return (
-        f"Median milliseconds, {' · '.join(FORMATS)}, batch {settings['batch']}, of {settings['repeats']} calls in turns; "
-        f"half of the quartile range is at most {spread:.0%} of the median. Each variant was checked against float64 "
-        "first. *speed*: times that of eager, either in the memory format that suits it better. *GFLOP/s*: of frozen; *of "
-        f"sgemm*: the same as a share of the {document['machine']['sgemm_gflops']:.0f} GFLOP/s that `torch.mm` reaches at 1024 x 1024."
+        f"Median milliseconds, {' · '.join(FORMATS)}, batch {settings['batch']}, of {settings['repeats']} calls in "
+        f"turns; half of the quartile range is mostly {statistics.median(spreads):.0%} of it and {max(spreads):.0%} at "
+        "worst. Each variant was checked against float64 first. *speed*: times that of eager, either in the memory format that suits it better. *GFLOP/s*: of "
+        f"frozen; *of sgemm*: the same as a share of the {sgemm:.0f} GFLOP/s of `torch.mm` at 1024 x 1024."
     )
 
 

@@ -1,6 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Fused depthwise-separable convolutions for PyTorch on ordinary processors."""
 
+import torch as _torch  # noqa: F401  (the extension needs its libraries loaded)
+
+try:
+    from . import _C  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"the compiled extension of fusedsep cannot be loaded from {__path__[0]} ({error}). In a source tree, "
+        "`pip install .` builds it and Python must then be started elsewhere; `pip install -e .` builds it in place."
+    ) from error
+
 from . import reference
 from ._backend import active_isa, backend_info, supported_isas, use_isa
 from ._complexity import complexity

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from . import _kernel_path
 from ._activations import apply_activation
 from ._fold import fold
-from ._padding import Pads, convolution_pads, resolve_padding
+from ._padding import Pads, convolution_pads, pad_map
 from ._separable import SeparableConv
 
 HOW_TO_TRAIN = "a frozen model cannot be trained: keep the model that freeze was called on to train"
@@ -65,7 +65,7 @@ class FrozenSeparable(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         dw_weight, dw_bias, pw_weight, pw_bias = self.dw_weight, self.dw_bias, self.pw_weight, self.pw_bias
-        pads = self.padding + resolve_padding(self.pre_pad, x.shape[-2], x.shape[-1], self.stride, self.dilation)
+        geometry = self.pre_pad, self.padding, self.stride, self.dilation
         if _kernel_path.applies_to_tensors(x, dw_weight, dw_bias, pw_weight, pw_bias):
             return _kernel_path.run_folded(
                 x,
@@ -75,12 +75,14 @@ class FrozenSeparable(nn.Module):
                 pw_bias,
                 self.stride,
                 self.dilation,
-                pads,
+                _kernel_path.checked_pads(*geometry, *x.shape[-2:]),
                 self.activation,
                 self.pointwise_activation,
                 self._cache,
             )
-        h = F.conv2d(F.pad(x, pads), dw_weight, dw_bias, self.stride, 0, self.dilation, groups=dw_weight.shape[0])
+        _kernel_path.check_input(x, dw_weight, *geometry, batch_statistics=False)
+        x = pad_map(x, self.pre_pad, self.stride, self.dilation)
+        h = F.conv2d(F.pad(x, self.padding), dw_weight, dw_bias, self.stride, 0, self.dilation, dw_weight.shape[0])
         y = F.conv2d(apply_activation(self.activation, h), pw_weight, pw_bias)
         return apply_activation(self.pointwise_activation, y)
 

@@ -69,8 +69,13 @@ def applies(
 
 
 def applies_to_tensors(x: torch.Tensor, *tensors: torch.Tensor | None) -> bool:
-    """Whether :func:`run_folded` may run; ``tensors`` are the weights, biases and BN tensors, ``None`` where absent."""
-    if not (_covers(x) and _are_readable(x.dtype, tensors)):
+    """Whether :func:`run_folded` may run.
+
+    ``tensors`` are the depthwise weight, then the other weights, biases and BN tensors, ``None`` where absent.
+    """
+    if not (_covers(x) and x.dim() in (3, 4) and _are_readable(x.dtype, tensors)):
+        return False
+    if x.shape[-3] != tensors[0].shape[0]:
         return False
     return not (
         torch.is_grad_enabled()
@@ -115,24 +120,45 @@ def _is_fixed(site: SeparableConv, bn: _BatchNorm) -> bool:
     return not bn.training and bn.running_mean is not None and _is_plain(bn, site.norm_forwards)
 
 
-def check_input(site: SeparableConv, x: torch.Tensor, dw: nn.Conv2d, pw: nn.Conv2d) -> None:
-    """Raise for an ``x`` that no path can run, naming what was wanted and what came."""
+def check_input(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    pre_pad: Pads | Literal["same"],
+    own: object,
+    stride: int,
+    dilation: int,
+    batch_statistics: bool,
+) -> None:
+    """Raise for an ``x`` that no path can run, naming what was wanted and what came.
+
+    ``weight`` is the depthwise one; ``pre_pad`` and ``own`` are those of :func:`checked_pads`.
+    """
     if isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return  # the modules check for themselves, and a trace must not depend on these comparisons
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"x must be a dense tensor, got layout {x.layout}")
     if x.dim() not in (3, 4):
         raise ValueError(f"x must have shape [N, C, H, W] or [C, H, W], got {list(x.shape)}")
-    if x.shape[-3] != dw.in_channels:
-        raise ValueError(f"x must have {dw.in_channels} channels, got {x.shape[-3]} in shape {list(x.shape)}")
-    weight = next(dw.parameters())  # a parametrized `weight` is computed at every look, and some count the looks
+    if x.shape[-3] != weight.shape[0]:
+        raise ValueError(f"x must have {weight.shape[0]} channels, got {x.shape[-3]} in shape {list(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
     if x.device != weight.device:
         raise ValueError(f"x must be on the device of the weights, {weight.device}, got {x.device}")
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"x must have the dtype of the weights, {weight.dtype}, got {x.dtype}")
-    checked_pads(site.pre_pad, _own_pads(dw), dw.stride[0], dw.dilation[0], *x.shape[-2:])
+    height, width = x.shape[-2:]
+    pads = checked_pads(pre_pad, own, stride, dilation, height, width)
+    if batch_statistics and x.shape[:-3].numel() == 1:
+        out_height = output_size(height, pads.top, pads.bottom, stride, dilation)
+        out_width = output_size(width, pads.left, pads.right, stride, dilation)
+        if out_height * out_width == 1:
+            raise ValueError(
+                "x must give more than 1 value per channel when training, since BN takes the statistics of the batch; "
+                f"got one image with one output pixel from shape {list(x.shape)}"
+            )
 
 
 # ----------------------------------------------------------------------------------------------------------------- run
@@ -153,7 +179,7 @@ def _run_without_grad(
     site: SeparableConv, x: torch.Tensor, dw: nn.Conv2d, bn1: _BatchNorm | None, pw: nn.Conv2d, bn2: _BatchNorm | None
 ) -> torch.Tensor:
     stride, dilation = dw.stride[0], dw.dilation[0]
-    pads = checked_pads(site.pre_pad, _own_pads(dw), stride, dilation, *x.shape[-2:])
+    pads = checked_pads(site.pre_pad, own_pads(dw), stride, dilation, *x.shape[-2:])
     x, channels_last, unbatched = _dense(x)
     # Held in a list: a parametrized weight is a new tensor at every look, and its memory must outlive the fingerprint.
     tensors = [tensor.contiguous() for tensor in _tensors(dw, bn1, pw, bn2) if tensor is not None]
@@ -261,7 +287,7 @@ def _dense(x: torch.Tensor) -> tuple[torch.Tensor, bool, bool]:
 
 
 def _is_channels_last(x: torch.Tensor) -> bool:
-    """ATen's rule (``Tensor.suggest_memory_format``): strides grow in the order C, W, H, N; where they tell nothing, no."""
+    """ATen's rule (``Tensor.suggest_memory_format``): strides grow in the order C, W, H, N, else no."""
     smallest = 0
     for dim in (1, 3, 2, 0):
         size, stride = x.shape[dim], x.stride(dim)
@@ -271,7 +297,7 @@ def _is_channels_last(x: torch.Tensor) -> bool:
     return True
 
 
-def _own_pads(dw: nn.Conv2d) -> object:
+def own_pads(dw: nn.Conv2d) -> object:
     return dw.padding if isinstance(dw.padding, tuple) else convolution_pads(dw)
 
 

@@ -49,7 +49,10 @@ class SeparableConv:
         """``x``: ``Tensor[N, C, H, W]`` or ``Tensor[C, H, W]``; returns the same rank."""
         if _kernel_path.applies(self, x, dw, bn1, pw, bn2):
             return _kernel_path.run(self, x, dw, bn1, pw, bn2)
-        _kernel_path.check_input(self, x, dw, pw)
+        batch_statistics = any(bn is not None and (bn.training or bn.running_mean is None) for bn in (bn1, bn2))
+        _kernel_path.check_input(
+            x, dw.weight, self.pre_pad, _kernel_path.own_pads(dw), dw.stride[0], dw.dilation[0], batch_statistics
+        )
         return self.composite(x, dw, bn1, pw, bn2)
 
     def composite(

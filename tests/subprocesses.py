@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Python in a process of its own: what may crash, hang or change the process is a failed test there, not the end of the run."""
+"""Python in a process of its own: what may crash or hang is a failed test there, not the end of the run."""
 
 from __future__ import annotations
 

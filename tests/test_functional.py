@@ -200,7 +200,7 @@ def test_runs_under_vmap_of_gradients():
         (
             {"padding": 0, "x": torch.zeros(1, 5, 8, 2)},
             ValueError,
-            "x must hold the 3x3 kernel .* 8 x 2 with padding \(0, 0, 0, 0\)",
+            r"x must hold the 3x3 kernel .* 8 x 2 with padding \(0, 0, 0, 0\)",
         ),
         ({"dw_weight": None}, TypeError, r"dw_weight must be a torch\.Tensor, got NoneType"),
         ({"dw_weight": torch.zeros(5, 5, 3, 3)}, ValueError, r"dw_weight must have shape .* got \[5, 5, 3, 3\]"),

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from randomize import randomized
 
 import fusedsep
-from fusedsep import DepthwiseSeparableBlock, _C, reference
+from fusedsep import _C, DepthwiseSeparableBlock, reference
 
 EXAMPLES = settings(
     max_examples=150,

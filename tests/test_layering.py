@@ -55,7 +55,10 @@ def test_kernels_neither_allocate_nor_start_threads(path):
     """The dispatcher, which runs once, may use std::vector and std::string."""
     if path.name.startswith("isa."):
         return
-    found = re.findall(r"\bnew\b|\b(?:malloc|calloc|realloc|aligned_alloc|free)\s*\(|\bstd::(?:vector|thread|async)\b|#\s*pragma omp", code_of(path))
+    found = re.findall(
+        r"\bnew\b|\b(?:malloc|calloc|realloc|aligned_alloc|free)\s*\(|\bstd::(?:vector|thread|async)\b|#\s*pragma omp",
+        code_of(path),
+    )
     assert not found
 
 
@@ -80,7 +83,11 @@ def test_an_isa_is_a_thin_file_with_one_symbol(path):
 def test_only_the_bindings_include_torch_and_python():
     for path in sorted((ROOT / "csrc").rglob("*")):
         if path.suffix in (".h", ".cpp", ".cu", ".cuh") and "bindings" not in path.parts:
-            outside = [name for _, name in _INCLUDE.findall(path.read_text()) if re.match(r"(torch|ATen|c10|pybind11|Python)", name)]
+            outside = [
+                name
+                for _, name in _INCLUDE.findall(path.read_text())
+                if re.match(r"(torch|ATen|c10|pybind11|Python)", name)
+            ]
             assert not outside, path
 
 

@@ -8,13 +8,14 @@ import threading
 
 import pytest
 import torch
+from memory_growth import CANNOT_MEASURE
 from subprocesses import run_script
 from torch.profiler import ProfilerActivity, profile
 
 from fusedsep import DepthwiseSeparableBlock
 
 KIB = 1024
-#: Scratch of one thread. Above the 128 KiB that a tile takes: pages of code and stack that are touched for the first time.
+#: Of one thread. Above the 128 KiB that a tile takes are pages of code and stack that are touched for the first time.
 LIMIT = 512 * KIB
 
 FORMATS = pytest.mark.parametrize("memory_format", ["nchw", "channels_last"])
@@ -23,6 +24,8 @@ FORMATS = pytest.mark.parametrize("memory_format", ["nchw", "channels_last"])
 def growth(what: str, memory_format: str, threads: int, channels: int, size: int) -> int:
     """Bytes by which one call raises the peak of a fresh process, beyond operands and result."""
     result = run_script("memory_growth.py", what, memory_format, "portable", str(threads), str(channels), str(size))
+    if result.returncode == CANNOT_MEASURE:
+        pytest.skip("peak memory: this system does not reset it (/proc/self/clear_refs)")
     assert result.returncode == 0, result.stderr
     return int(result.stdout)
 

@@ -156,7 +156,8 @@ def test_any_layout_of_the_input(isa, layout, kernel_calls):
 
 
 @pytest.mark.parametrize(
-    "layout", [lambda w: in_format(w, True), lambda w: w.repeat(1, 1, 1, 2)[..., ::2], lambda w: w.flip(0)[:1].expand_as(w)]
+    "layout",
+    [lambda w: in_format(w, True), lambda w: w.repeat(1, 1, 1, 2)[..., ::2], lambda w: w.flip(0)[:1].expand_as(w)],
 )
 def test_any_layout_of_the_weights(isa, layout, kernel_calls):
     block, twin = plain(8, 8)
@@ -238,7 +239,11 @@ def test_eight_python_threads_at_once():
         (0, in_format(torch.zeros(2, 5, 6, 9), True), "x must be contiguous in NCHW memory format"),
         (0, torch.zeros(2, 5, 6, 9, dtype=torch.float16), "x must be float32 or float64"),
         (0, torch.zeros(2, 5, 6, 9, dtype=torch.int64), "x must be float32 or float64"),
-        (0, torch.zeros(2, 5, 6, 9, dtype=torch.double), "packed must be what fusedsep::pack returned, of the dtype of x"),
+        (
+            0,
+            torch.zeros(2, 5, 6, 9, dtype=torch.double),
+            "packed must be what fusedsep::pack returned, of the dtype of x",
+        ),
         (0, torch.zeros(2, 6, 6, 9), "packed must have been packed for isa .*6 -> 7 channels"),
         (1, torch.zeros(3), "packed must be what fusedsep::pack returned"),
         (1, torch.zeros(100000), "packed must have been packed for isa"),
@@ -266,7 +271,7 @@ def test_separable_conv2d_names_what_does_not_fit(position, value, message):
 def test_channels_last_weights_are_refused_for_nchw():
     x, _, *rest = arguments(8, 8)
     packed = _ops.pack(*weights(8, 8), True)
-    with pytest.raises(RuntimeError, match="packed must have been packed for .* this memory format"):
+    with pytest.raises(RuntimeError, match=r"packed must have been packed for .* this memory format"):
         _ops.separable_conv2d(x, packed, *rest)
 
 

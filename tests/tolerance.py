@@ -5,17 +5,18 @@ With u = eps / 2 the unit roundoff, a sum of n products has an error of at most 
 magnitudes of its terms, in any order and with or without fused multiply-adds (N. Higham, "Accuracy and Stability of
 Numerical Algorithms", 2002, section 3.1). Let
 
-    M1[c, i, j] = |b1[c]| + sum |w1[c, u, v]| |x[c, i', j']|,    M2[o, i, j] = |b2[o]| + sum over c of |w2[o, c]| M1[c, i, j]
+    M1[c, i, j] = |b1[c]| + sum over u, v of |w1[c, u, v]| |x[c, i', j']|
+    M2[o, i, j] = |b2[o]| + sum over c of |w2[o, c]| M1[c, i, j]
 
-so that |h| <= M1 and |y| <= M2, as no activation makes a number larger. Then
+so that |h| <= M1 and |y| <= M2, as no activation makes a number larger. Then, in units of u,
 
-    h   10 terms (9 products and a bias), and one rounding each of folded weights and bias: 12 u M1
-        an activation scales an error by at most 1.5 (hardswish) and rounds 4 times:        (1.5 * 12 + 4) u M1 = 22 u M1
-    y   K + 1 terms, one rounding of weights and bias, and what h brings along:            (K + 3 + 22) u M2
-        an activation:                                                               (1.5 * (K + 25) + 4) u M2
+    h   10 terms (9 products and a bias), one rounding each of folded weights and bias      12 M1
+        an activation scales an error by at most 1.5 (hardswish) and rounds 4 times         1.5 * 12 + 4 = 22 M1
+    y   K + 1 terms, one rounding each of folded weights and bias, what h brings along      (K + 3 + 22) M2
+        an activation                                                                       (1.5 * (K + 25) + 4) M2
 
-The bound uses eps = 2 u, which covers the denominators 1 - n u and the products of errors many times over. Where numbers
-are so small that they lose digits to underflow, each operation may add half of the smallest subnormal number.
+The bound uses eps = 2 u, which covers the denominators 1 - n u and the products of errors many times over. Where
+numbers are so small that they lose digits to underflow, each operation may add half of the smallest subnormal number.
 """
 
 from __future__ import annotations

@@ -91,8 +91,10 @@ std::array<int64_t, 4> dense_strides(const std::array<int64_t, 4>& sizes, bool c
   return {channels * height * width, height * width, width, 1};
 }
 
-// Dense in the memory format; strides of dimensions of size one do not matter, as everywhere in torch.
+// Dense in the memory format; strides of dimensions of size one, and of empty tensors, do not matter, as everywhere in
+// torch.
 bool is_dense(const Tensor& x, const std::array<int64_t, 4>& sizes, bool channels_last) {
+  if (x.numel() == 0) return true;
   const auto strides = dense_strides(sizes, channels_last);
   for (int d = 0; d < 4; ++d) {
     if (sizes[d] > 1 && x.stride(d) != strides[d]) return false;
