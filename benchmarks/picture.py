@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Draw the blocks of the first network in a file of results. Needs matplotlib.
 
-python benchmarks/picture.py benchmarks/results/blocks-avx512.json benchmarks/results/blocks.svg
+python benchmarks/picture.py benchmarks/results/blocks-avx512.json benchmarks/results/blocks.png
 """
 
 from __future__ import annotations

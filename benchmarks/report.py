@@ -113,8 +113,9 @@ def _legend(document: dict[str, Any]) -> str:
     return (
         f"Median milliseconds, {' · '.join(FORMATS)}, batch {settings['batch']}, of {settings['repeats']} calls in "
         f"turns; half of the quartile range is mostly {statistics.median(spreads):.0%} of it and {max(spreads):.0%} at "
-        "worst. Each variant was checked against float64 first. *speed*: times that of eager, either in the memory format that suits it better. *GFLOP/s*: of "
-        f"frozen; *of sgemm*: the same as a share of the {sgemm:.0f} GFLOP/s of `torch.mm` at 1024 x 1024."
+        "worst. Each variant was checked against float64 first. *speed*: times that of eager, either in the memory "
+        "format that suits it better. *GFLOP/s*: of frozen; *of sgemm*: the same as a share of the "
+        f"{sgemm:.0f} GFLOP/s of `torch.mm` at 1024 x 1024."
     )
 
 

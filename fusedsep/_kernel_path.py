@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import _C, _compat, _ops
 from ._activations import ACTIVATION_CODES
-from ._fold import scale_and_shift
+from ._fold import scale_and_shift_tensors
 from ._padding import Pads, convolution_pads, output_size, resolve_padding
 
 if TYPE_CHECKING:
@@ -50,11 +50,14 @@ class PackedCache:
 # ------------------------------------------------------------------------------------------------------------- applies
 
 
-def applies(
+def covered_tensors(
     site: SeparableConv, x: torch.Tensor, dw: nn.Conv2d, bn1: _BatchNorm | None, pw: nn.Conv2d, bn2: _BatchNorm | None
-) -> bool:
-    """Whether the kernels may run ``site`` on ``x``: fixed statistics, plain modules without hooks, covered dtypes."""
-    return (
+) -> Sequence[torch.Tensor | None] | None:
+    """What ``site`` depends on besides ``x``, if the kernels may run it: fixed statistics, plain modules, no hooks.
+
+    Weight and bias of either convolution, then weight, bias, running mean and variance of each BN.
+    """
+    if (
         _covers(x)
         and x.dim() in (3, 4)
         and x.shape[-3] == dw.in_channels
@@ -63,9 +66,22 @@ def applies(
         and _is_plain(pw, _CONV_FORWARDS)
         and (bn1 is None or _is_fixed(site, bn1))
         and (bn2 is None or _is_fixed(site, bn2))
-        and _are_readable(x.dtype, _tensors(dw, bn1, pw, bn2))
         and not _compat.has_global_hooks()
-    )
+    ):
+        tensors = (*_weight_and_bias(dw), *_weight_and_bias(pw))
+        for bn in (bn1, bn2):
+            if bn is not None:
+                tensors += (*_weight_and_bias(bn), bn._buffers["running_mean"], bn._buffers["running_var"])
+        if _are_readable(x.dtype, tensors):
+            return tensors
+    return None
+
+
+def _weight_and_bias(module: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    parameters = module._parameters  # several times as fast as nn.Module.__getattr__
+    if "weight" in parameters and "bias" in parameters:
+        return parameters["weight"], parameters["bias"]
+    return module.weight, module.bias  # parametrized
 
 
 def applies_to_tensors(x: torch.Tensor, *tensors: torch.Tensor | None) -> bool:
@@ -100,10 +116,10 @@ def _covers(x: torch.Tensor) -> bool:
 
 def _are_readable(dtype: torch.dtype, tensors: Sequence[torch.Tensor | None]) -> bool:
     """Whether every tensor has its numbers in memory as they are: of this type, on the CPU, and no subclass."""
-    return all(
-        tensor is None or (type(tensor) in _TENSOR_TYPES and tensor.dtype is dtype and tensor.is_cpu)
-        for tensor in tensors
-    )
+    for tensor in tensors:  # a generator expression costs more than the checks
+        if tensor is not None and not (type(tensor) in _TENSOR_TYPES and tensor.dtype is dtype and tensor.is_cpu):
+            return False
+    return True
 
 
 def _is_plain(module: nn.Module, forwards: Set[Callable[..., torch.Tensor]]) -> bool:
@@ -117,7 +133,7 @@ def _is_plain(module: nn.Module, forwards: Set[Callable[..., torch.Tensor]]) -> 
 
 def _is_fixed(site: SeparableConv, bn: _BatchNorm) -> bool:
     """A BN in eval mode with running statistics: a scale and a shift that do not depend on the batch."""
-    return not bn.training and bn.running_mean is not None and _is_plain(bn, site.norm_forwards)
+    return not bn.training and bn._buffers.get("running_mean") is not None and _is_plain(bn, site.norm_forwards)
 
 
 def check_input(
@@ -165,33 +181,53 @@ def check_input(
 
 
 def run(
-    site: SeparableConv, x: torch.Tensor, dw: nn.Conv2d, bn1: _BatchNorm | None, pw: nn.Conv2d, bn2: _BatchNorm | None
+    site: SeparableConv,
+    x: torch.Tensor,
+    tensors: Sequence[torch.Tensor | None],
+    dw: nn.Conv2d,
+    bn1: _BatchNorm | None,
+    pw: nn.Conv2d,
+    bn2: _BatchNorm | None,
 ) -> torch.Tensor:
-    """``site`` on ``x`` through the kernels; ``applies`` said yes."""
-    if torch.is_grad_enabled():
-        tensors = _tensors(dw, bn1, pw, bn2)
-        if x.requires_grad or any(tensor is not None and tensor.requires_grad for tensor in tensors):
-            return _EvalFunction.apply(site, (dw, bn1, pw, bn2), x, *tensors)
-    return _run_without_grad(site, x, dw, bn1, pw, bn2)
+    """``site`` on ``x`` through the kernels; ``tensors`` are those of :func:`covered_tensors`."""
+    if torch.is_grad_enabled() and (
+        x.requires_grad or any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    ):
+        return _EvalFunction.apply(site, (dw, bn1, pw, bn2), x, *tensors)
+    return _run_without_grad(site, x, tensors, dw, bn1, pw, bn2)
 
 
 def _run_without_grad(
-    site: SeparableConv, x: torch.Tensor, dw: nn.Conv2d, bn1: _BatchNorm | None, pw: nn.Conv2d, bn2: _BatchNorm | None
+    site: SeparableConv,
+    x: torch.Tensor,
+    tensors: Sequence[torch.Tensor | None],
+    dw: nn.Conv2d,
+    bn1: _BatchNorm | None,
+    pw: nn.Conv2d,
+    bn2: _BatchNorm | None,
 ) -> torch.Tensor:
     stride, dilation = dw.stride[0], dw.dilation[0]
     pads = checked_pads(site.pre_pad, own_pads(dw), stride, dilation, *x.shape[-2:])
     x, channels_last, unbatched = _dense(x)
-    # Held in a list: a parametrized weight is a new tensor at every look, and its memory must outlive the fingerprint.
-    tensors = [tensor.contiguous() for tensor in _tensors(dw, bn1, pw, bn2) if tensor is not None]
+    tensors = [tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
     fingerprint = (
-        _C.fingerprint([(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]),
+        _C.fingerprint([(tensor.data_ptr(), tensor.nbytes) for tensor in tensors if tensor is not None]),
         None if bn1 is None else bn1.eps,
         None if bn2 is None else bn2.eps,
     )
     key = (_C.active_isa(), channels_last, x.dtype)
     packed = site.cache.lookup(key, fingerprint)
     if packed is None:
-        packed = site.cache.store(key, fingerprint, _pack(dw, bn1, pw, bn2, channels_last))
+        dw_weight, dw_bias, pw_weight, pw_bias = tensors[:4]
+        with torch.no_grad():
+            packed = _ops.pack(
+                dw_weight,
+                *scale_and_shift_tensors(dw_bias, bn1),
+                pw_weight,
+                *scale_and_shift_tensors(pw_bias, bn2),
+                channels_last,
+            )
+        site.cache.store(key, fingerprint, packed)
     y = _ops.separable_conv2d(
         x,
         packed,
@@ -253,28 +289,6 @@ def run_folded(
     return y.squeeze(0) if unbatched else y
 
 
-def _pack(
-    dw: nn.Conv2d, bn1: _BatchNorm | None, pw: nn.Conv2d, bn2: _BatchNorm | None, channels_last: bool
-) -> torch.Tensor:
-    with torch.no_grad():
-        return _ops.pack(
-            dw.weight.contiguous(),
-            *scale_and_shift(dw, bn1),
-            pw.weight.contiguous(),
-            *scale_and_shift(pw, bn2),
-            channels_last,
-        )
-
-
-def _tensors(
-    dw: nn.Conv2d, bn1: _BatchNorm | None, pw: nn.Conv2d, bn2: _BatchNorm | None
-) -> Sequence[torch.Tensor | None]:
-    """Everything that the packed weights depend on, in the order that ``_EvalFunction`` takes."""
-    first = () if bn1 is None else (bn1.weight, bn1.bias, bn1.running_mean, bn1.running_var)
-    second = () if bn2 is None else (bn2.weight, bn2.bias, bn2.running_mean, bn2.running_var)
-    return (dw.weight, dw.bias, pw.weight, pw.bias, *first, *second)
-
-
 def _dense(x: torch.Tensor) -> tuple[torch.Tensor, bool, bool]:
     """``x`` as a dense batch, whether it is channels_last, and whether the batch dimension was added."""
     unbatched = x.dim() == 3
@@ -334,7 +348,7 @@ class _EvalFunction(torch.autograd.Function):
     def forward(ctx, site, modules, x, *tensors):  # type: ignore[no-untyped-def]
         ctx.site, ctx.modules = site, modules
         ctx.save_for_backward(x, *tensors)
-        return _run_without_grad(site, x, *modules)
+        return _run_without_grad(site, x, tensors, *modules)
 
     @staticmethod
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]

@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from . import _kernel_path
 from ._activations import ACTIVATION_CODES, apply_activation, check_activation
@@ -47,12 +48,15 @@ class SeparableConv:
         self, x: torch.Tensor, dw: nn.Conv2d, bn1: _BatchNorm | None, pw: nn.Conv2d, bn2: _BatchNorm | None
     ) -> torch.Tensor:
         """``x``: ``Tensor[N, C, H, W]`` or ``Tensor[C, H, W]``; returns the same rank."""
-        if _kernel_path.applies(self, x, dw, bn1, pw, bn2):
-            return _kernel_path.run(self, x, dw, bn1, pw, bn2)
-        batch_statistics = any(bn is not None and (bn.training or bn.running_mean is None) for bn in (bn1, bn2))
-        _kernel_path.check_input(
-            x, dw.weight, self.pre_pad, _kernel_path.own_pads(dw), dw.stride[0], dw.dilation[0], batch_statistics
-        )
+        tensors = _kernel_path.covered_tensors(self, x, dw, bn1, pw, bn2)
+        if tensors is not None:
+            return _kernel_path.run(self, x, tensors, dw, bn1, pw, bn2)
+        # A parametrized weight is computed at every look, and spectral_norm counts the looks: torch checks for itself.
+        if not is_parametrized(dw, "weight"):
+            batch_statistics = any(bn is not None and (bn.training or bn.running_mean is None) for bn in (bn1, bn2))
+            _kernel_path.check_input(
+                x, dw.weight, self.pre_pad, _kernel_path.own_pads(dw), dw.stride[0], dw.dilation[0], batch_statistics
+            )
         return self.composite(x, dw, bn1, pw, bn2)
 
     def composite(
