@@ -104,9 +104,9 @@ struct SegmentKernels {
   }
 };
 
-// Channels of this many bytes are finished over the whole tile before the next ones: whole cache lines of x, few enough
-// that the input rows of a line group stay in L1 until the output row below needs them.
-constexpr int64_t kChannelGroupBytes = 64;
+// Channels of this many bytes are finished over the whole tile before the next ones: whole cache lines of x in a run
+// that the prefetchers follow, and few enough that what a segment reads (3 rows of up to 16 pixels: 12 KiB) fits L1.
+constexpr int64_t kChannelGroupBytes = 256;
 
 template <class V>
 void depthwise_channels_last(const SeparableParams<typename V::T>& p, const Tile& tile, int64_t channel_begin,
