@@ -33,3 +33,14 @@ def has_hooks(module: torch.nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def is_plain_convolution(module: torch.nn.Module) -> bool:
+    """A ``torch.nn.Conv2d`` with neither of its two steps replaced, by the class or on the instance."""
+    conv = torch.nn.Conv2d
+    return (
+        type(module).forward is conv.forward
+        and type(module)._conv_forward is conv._conv_forward
+        and "forward" not in module.__dict__
+        and "_conv_forward" not in module.__dict__
+    )

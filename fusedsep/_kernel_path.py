@@ -8,7 +8,7 @@ run at every call, so they are ordered by what fails most often and written for 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 _DTYPES = (torch.float32, torch.float64)
 _TENSOR_TYPES = (torch.Tensor, nn.Parameter)
-_CONV_FORWARDS = frozenset({nn.Conv2d.forward})
 
 
 class PackedCache:
@@ -62,8 +61,9 @@ def covered_tensors(
         and x.dim() in (3, 4)
         and x.shape[-3] == dw.in_channels
         and dw.stride[0] <= 2
-        and _is_plain(dw, _CONV_FORWARDS)
-        and _is_plain(pw, _CONV_FORWARDS)
+        and _compat.is_plain_convolution(dw)
+        and _compat.is_plain_convolution(pw)
+        and not (_compat.has_hooks(dw) or _compat.has_hooks(pw))
         and (bn1 is None or _is_fixed(site, bn1))
         and (bn2 is None or _is_fixed(site, bn2))
         and not _compat.has_global_hooks()
@@ -122,18 +122,15 @@ def _are_readable(dtype: torch.dtype, tensors: Sequence[torch.Tensor | None]) ->
     return True
 
 
-def _is_plain(module: nn.Module, forwards: Set[Callable[..., torch.Tensor]]) -> bool:
-    """Whether calling ``module`` runs one of ``forwards`` and nothing else."""
-    return (
-        type(module).forward in forwards
-        and "forward" not in module.__dict__  # a function put on the instance
-        and not _compat.has_hooks(module)
-    )
-
-
 def _is_fixed(site: SeparableConv, bn: _BatchNorm) -> bool:
     """A BN in eval mode with running statistics: a scale and a shift that do not depend on the batch."""
-    return not bn.training and bn._buffers.get("running_mean") is not None and _is_plain(bn, site.norm_forwards)
+    return (
+        not bn.training
+        and bn._buffers.get("running_mean") is not None
+        and type(bn).forward in site.norm_forwards
+        and "forward" not in bn.__dict__  # a function put on the instance
+        and not _compat.has_hooks(bn)
+    )
 
 
 def check_input(

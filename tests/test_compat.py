@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import fusedsep
 from fusedsep import _compat
 
 
@@ -124,3 +125,24 @@ def test_every_private_name_of_torch_is_in_one_file():
         if private.search(line)
     ]
     assert not found
+
+
+class Doubled(nn.Conv2d):
+    def _conv_forward(self, *arguments):
+        return 2 * super()._conv_forward(*arguments)
+
+
+def test_a_convolution_with_a_replaced_step_is_not_plain():
+    assert _compat.is_plain_convolution(nn.Conv2d(4, 4, 3))
+    assert not _compat.is_plain_convolution(Doubled(4, 4, 3))
+
+
+def test_a_block_runs_the_replaced_step_of_its_convolution():
+    dw, pw = Doubled(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 6, 1)
+    block = fusedsep.DepthwiseSeparableBlock.from_modules(dw, None, "relu", pw).eval()
+    x = torch.randn(2, 4, 7, 7)
+    expected = pw(dw(x).relu())
+    torch.testing.assert_close(block(x), expected)
+    model = nn.Sequential(dw, nn.ReLU(), pw).eval()
+    assert fusedsep.fusion_report(model).fused == []
+    torch.testing.assert_close(fusedsep.freeze(model)(x), expected)

@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import fx
 
+from .._compat import is_plain_convolution
 from .._padding import NO_PADS, Pads, convolution_pads, pad_map
 from .._structure import why_not_depthwise, why_not_pointwise
 from .activations import activation_of_function, activation_of_module, arguments_of, composed_hardswish
@@ -79,16 +80,14 @@ def find_chains(graph: fx.Graph, modules: dict[str, nn.Module]) -> tuple[list[Ch
 
 def why_not_fusable(conv: nn.Module) -> str | None:
     """The reason why a depthwise convolution by itself rules out a site, or ``None``."""
-    reason = why_not_depthwise(conv) or _replaced_forward(conv, nn.Conv2d)
+    reason = why_not_depthwise(conv) or _replaced_forward(conv)
     if reason is None and conv.stride[0] > 2:
         reason = f"stride {tuple(conv.stride)}"
     return reason
 
 
-def _replaced_forward(module: nn.Module, kind: type[nn.Module]) -> str | None:
-    if "forward" in vars(module) or type(module).forward is not kind.forward:
-        return f"{type(module).__name__} has a forward of its own"
-    return None
+def _replaced_forward(conv: nn.Conv2d) -> str | None:
+    return None if is_plain_convolution(conv) else f"{type(conv).__name__} has a forward of its own"
 
 
 def _chain_from(depthwise: fx.Node, modules: dict[str, nn.Module]) -> Chain:
@@ -116,7 +115,7 @@ def _follow_to_pointwise(chain: Chain, conv: nn.Conv2d, modules: dict[str, nn.Mo
         step = _read(reader, current, modules)
         if step.kind == "pointwise":
             pointwise = modules[reader.target]
-            reason = why_not_pointwise(pointwise) or _replaced_forward(pointwise, nn.Conv2d)
+            reason = why_not_pointwise(pointwise) or _replaced_forward(pointwise)
             if reason is not None:
                 raise NotASite(f"the convolution that follows, {reader.target}, is not pointwise: {reason}")
             if pointwise.in_channels != conv.out_channels:
