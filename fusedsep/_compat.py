@@ -7,6 +7,9 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
 
+#: The package that carries out the transforms of ``torch.func``, and the calls of an ``autograd.Function``.
+FUNCTION_TRANSFORMS = "torch._functorch"
+
 
 def functorch_is_active() -> bool:
     """Inside ``torch.func.grad``, ``vmap``, ``jvp`` and their relatives."""
@@ -35,12 +38,16 @@ def has_hooks(module: torch.nn.Module) -> bool:
     )
 
 
+def is_patched_convolution(module: torch.nn.Module) -> bool:
+    """A convolution with one of the two steps of ``torch.nn.Conv2d`` replaced on the instance."""
+    return "forward" in module.__dict__ or "_conv_forward" in module.__dict__
+
+
 def is_plain_convolution(module: torch.nn.Module) -> bool:
     """A ``torch.nn.Conv2d`` with neither of its two steps replaced, by the class or on the instance."""
     conv = torch.nn.Conv2d
     return (
         type(module).forward is conv.forward
         and type(module)._conv_forward is conv._conv_forward
-        and "forward" not in module.__dict__
-        and "_conv_forward" not in module.__dict__
+        and not is_patched_convolution(module)
     )

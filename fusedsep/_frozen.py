@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from . import _kernel_path
 from ._activations import apply_activation
 from ._fold import fold
-from ._padding import Pads, convolution_pads, pad_map
+from ._padding import NO_PADS, Pads, convolution_pads, pad_map
 from ._separable import SeparableConv
 
 HOW_TO_TRAIN = "a frozen model cannot be trained: keep the model that freeze was called on to train"
@@ -56,7 +56,7 @@ class FrozenSeparable(nn.Module):
         self.register_buffer("pw_bias", pw_bias)
         self.stride: int = dw.stride[0]
         self.dilation: int = dw.dilation[0]
-        self.padding = convolution_pads(dw)
+        self.padding = NO_PADS if type(dw) is separable.self_padding_class else convolution_pads(dw)
         self.pre_pad: Pads | Literal["same"] = separable.pre_pad
         self.activation = separable.activation
         self.pointwise_activation = separable.pointwise_activation

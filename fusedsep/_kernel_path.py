@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import _C, _compat, _ops
 from ._activations import ACTIVATION_CODES
 from ._fold import scale_and_shift_tensors
-from ._padding import Pads, convolution_pads, output_size, resolve_padding
+from ._padding import NO_PADS, Pads, convolution_pads, output_size, resolve_padding
 
 if TYPE_CHECKING:
     from ._separable import SeparableConv
@@ -61,7 +61,7 @@ def covered_tensors(
         and x.dim() in (3, 4)
         and x.shape[-3] == dw.in_channels
         and dw.stride[0] <= 2
-        and _compat.is_plain_convolution(dw)
+        and (_compat.is_plain_convolution(dw) or _pads_itself(site, dw))
         and _compat.is_plain_convolution(pw)
         and not (_compat.has_hooks(dw) or _compat.has_hooks(pw))
         and (bn1 is None or _is_fixed(site, bn1))
@@ -120,6 +120,10 @@ def _are_readable(dtype: torch.dtype, tensors: Sequence[torch.Tensor | None]) ->
         if tensor is not None and not (type(tensor) in _TENSOR_TYPES and tensor.dtype is dtype and tensor.is_cpu):
             return False
     return True
+
+
+def _pads_itself(site: SeparableConv, dw: nn.Conv2d) -> bool:
+    return type(dw) is site.self_padding_class and not _compat.is_patched_convolution(dw)
 
 
 def _is_fixed(site: SeparableConv, bn: _BatchNorm) -> bool:
@@ -204,7 +208,7 @@ def _run_without_grad(
     bn2: _BatchNorm | None,
 ) -> torch.Tensor:
     stride, dilation = dw.stride[0], dw.dilation[0]
-    pads = checked_pads(site.pre_pad, own_pads(dw), stride, dilation, *x.shape[-2:])
+    pads = checked_pads(site.pre_pad, own_pads(site, dw), stride, dilation, *x.shape[-2:])
     x, channels_last, unbatched = _dense(x)
     tensors = [tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
     fingerprint = (
@@ -308,7 +312,10 @@ def _is_channels_last(x: torch.Tensor) -> bool:
     return True
 
 
-def own_pads(dw: nn.Conv2d) -> object:
+def own_pads(site: SeparableConv, dw: nn.Conv2d) -> object:
+    """The zeros that ``dw`` adds to ``site.pre_pad``."""
+    if type(dw) is site.self_padding_class:
+        return NO_PADS
     return dw.padding if isinstance(dw.padding, tuple) else convolution_pads(dw)
 
 

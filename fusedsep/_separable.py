@@ -38,6 +38,9 @@ class SeparableConv:
         self.activation = check_activation(activation)
         self.pointwise_activation = check_activation(pointwise_activation, "pointwise_activation")
         self.pre_pad = pre_pad
+        #: The class of a depthwise convolution that has a forward of its own, if that only pads the map: then
+        #: ``pre_pad`` tells all the zeros, whatever ``padding`` of the convolution says.
+        self.self_padding_class: type[nn.Conv2d] | None = None
         #: ``forward`` of the BN classes that are batch normalization and nothing else.
         self.norm_forwards = frozenset({nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward})
         self.activation_code = ACTIVATION_CODES[activation]
@@ -55,7 +58,13 @@ class SeparableConv:
         if not is_parametrized(dw, "weight"):
             batch_statistics = any(bn is not None and (bn.training or bn.running_mean is None) for bn in (bn1, bn2))
             _kernel_path.check_input(
-                x, dw.weight, self.pre_pad, _kernel_path.own_pads(dw), dw.stride[0], dw.dilation[0], batch_statistics
+                x,
+                dw.weight,
+                self.pre_pad,
+                _kernel_path.own_pads(self, dw),
+                dw.stride[0],
+                dw.dilation[0],
+                batch_statistics,
             )
         return self.composite(x, dw, bn1, pw, bn2)
 
@@ -86,7 +95,8 @@ class SeparableConv:
             return self.composite_of_tensors(modules, x.unsqueeze(0), *tensors).squeeze(0)
         stride, dilation = dw.stride[0], dw.dilation[0]
         x = pad_map(x, self.pre_pad, stride, dilation)
-        h = F.conv2d(x, dw_weight, dw_bias, stride, dw.padding, dilation, dw.groups)
+        padding = 0 if type(dw) is self.self_padding_class else dw.padding
+        h = F.conv2d(x, dw_weight, dw_bias, stride, padding, dilation, dw.groups)
         if bn1 is not None:
             gamma, beta, mean, variance = norms[:4]
             h = F.batch_norm(h, mean, variance, gamma, beta, False, 0.0, bn1.eps)

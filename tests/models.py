@@ -236,10 +236,10 @@ class Detector(nn.Module):
 class PaddedBlock(nn.Module):
     """A TensorFlow port: SAME padding spelled out in front of the convolution."""
 
-    def __init__(self, channels, pad):
+    def __init__(self, channels, pad, dw=None):
         super().__init__()
         self.pad = pad
-        self.dw = depthwise(channels, 2, padding=0)
+        self.dw = depthwise(channels, 2, padding=0) if dw is None else dw
         self.bn1 = nn.BatchNorm2d(channels, eps=1e-3)
         self.pw = pointwise(channels, channels)
         self.bn2 = nn.BatchNorm2d(channels, eps=1e-3)
@@ -376,10 +376,3 @@ def chain(*between, channels=4):
     return nn.Sequential(
         depthwise(channels), nn.BatchNorm2d(channels), *between, pointwise(channels, 6), nn.BatchNorm2d(6)
     )
-
-
-class OwnForwardConv(nn.Conv2d):
-    """timm's Conv2dSame in short."""
-
-    def forward(self, x):
-        return super().forward(F.pad(x, (0, 1, 0, 1)))

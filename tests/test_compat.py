@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,25 @@ def test_every_private_name_of_torch_is_in_one_file():
         if private.search(line)
     ]
     assert not found
+
+
+def test_calls_of_an_autograd_function_ask_for_types_in_the_package_of_the_transforms(monkeypatch):
+    class Identity(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+    asked_by = set()
+    of_python = isinstance
+
+    def recorded(value, kind):
+        asked_by.add(sys._getframe(1).f_globals["__name__"])
+        return of_python(value, kind)
+
+    monkeypatch.setattr("builtins.isinstance", recorded)
+    Identity.apply(torch.ones(1))
+    monkeypatch.undo()
+    assert any(name.startswith(_compat.FUNCTION_TRANSFORMS) for name in asked_by)
 
 
 class Doubled(nn.Conv2d):

@@ -212,6 +212,14 @@ def test_a_fused_model_can_be_traced():
         torch.testing.assert_close(torch.jit.trace(fused, x)(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_fused_model_cannot_be_scripted():
+    fused = fusedsep.fuse(chain(nn.ReLU()).eval())
+    with pytest.raises(AttributeError, match=r"torch\.jit\.script cannot .* script what fusedsep\.defuse returns"):
+        torch.jit.script(fused)
+    torch.jit.script(fusedsep.defuse(fused))
+
+
 @pytest.mark.parametrize("function", [fusedsep.fuse, fusedsep.freeze])
 def test_compile_and_export(function):
     model = randomized(MobileNetV2()).eval()

@@ -19,6 +19,7 @@ from models import (
     pointwise,
 )
 from randomize import randomized
+from torch.utils.checkpoint import checkpoint
 from zoo import assert_as_close_to_float64
 
 import fusedsep
@@ -250,6 +251,50 @@ def test_python_that_a_trace_would_lose_keeps_working(kind, wrap, kernel_calls):
     assert (kind is Remembers) == hasattr(inner, "last")
     if kind is Remembers:
         assert inner.last is not None
+
+
+class Reversal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return -grad_output
+
+
+#: Calls that end in C++, which must never take a symbolic value for a tensor.
+PAST_PYTHON = {
+    "autograd.Function": Reversal.apply,
+    "reentrant checkpoint": lambda x: checkpoint(torch.cos, x, use_reentrant=True),
+    "torch.func": lambda x: torch.func.grad(lambda y: y.sin().sum())(x),
+    "as_tensor": lambda x: torch.as_tensor(x) * 2,
+    "dlpack": lambda x: torch.from_dlpack(torch.utils.dlpack.to_dlpack(x.detach())) + x,
+    "data": lambda x: setattr(x.clone(), "data", x) or x * 2,
+    "pybind11": lambda x: x * (1 + torch._C._functorch.is_batchedtensor(x)),
+}
+
+
+@pytest.mark.parametrize("name", PAST_PYTHON)
+def test_calls_that_python_does_not_see(name, kernel_calls):
+    class Calls(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = chain(nn.ReLU())
+
+        def forward(self, x):
+            return self.body(PAST_PYTHON[name](x))
+
+    model = randomized(Calls()).double().eval()
+    fused = fusedsep.fuse(model)
+    results = []
+    for network in (model, fused):
+        x = torch.randn(1, 4, 8, 8, dtype=torch.double, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = network(x)
+        y.square().sum().backward()
+        results.append((y, x.grad))
+    torch.testing.assert_close(*results)
+    assert len(kernel_calls) == 1
 
 
 def test_a_forward_that_collects_maps():

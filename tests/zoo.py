@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from article import FullBlock, ShortBlock
+from convolutions import NOT_PADDING_ITSELF, PADDING_ITSELF, SameConv
 from models import (
     BatchNormAct2d,
     BNReLU,
@@ -24,7 +25,6 @@ from models import (
     FunctionalBlock,
     MobileNetV2,
     MobileNetV3Block,
-    OwnForwardConv,
     PaddedBlock,
     PadsByFunction,
     SameByMax,
@@ -89,6 +89,14 @@ FUSABLE = {
     "dilation": lambda: (nn.Sequential(depthwise(4, padding=2, dilation=2), nn.ReLU(), pointwise(4, 3)), 4, 1),
     "stride 2, no padding": lambda: (nn.Sequential(depthwise(4, 2, padding=0), nn.ReLU(), pointwise(4, 3)), 4, 1),
     "padding='same'": lambda: (nn.Sequential(depthwise(4, padding="same"), nn.ReLU(), pointwise(4, 3)), 4, 1),
+    **{
+        f"convolution that pads itself, {name}": lambda make=make: (PaddedBlock(4, nn.Identity(), make(4)), 4, 1)
+        for name, make in PADDING_ITSELF.items()
+    },
+    "padding in front of one that pads itself": lambda: (
+        PaddedBlock(4, nn.ZeroPad2d((0, 1, 2, 0)), PADDING_ITSELF["two sides"](4)), 4, 1
+    ),
+    "padding in front of SAME": lambda: (PaddedBlock(4, nn.ZeroPad2d(1), PADDING_ITSELF["SAME"](4)), 4, 1),
     "one channel": lambda: (nn.Sequential(depthwise(1), nn.ReLU(), pointwise(1, 3)), 1, 1),
     **{
         f"functional {name}": lambda activation=activation: (FunctionalBlock(activation), 5, 1)
@@ -141,8 +149,14 @@ LOOK_ALIKES = {
     "second reader": lambda: (
         Flat(depthwise(4), F.relu, pointwise(4, 6), tap=True), 4, "several operations read .*mean"
     ),
-    "convolution of its own": lambda: (
-        Flat(OwnForwardConv(4, 4, 3, groups=4), F.relu, pointwise(4, 6)), 4, "OwnForwardConv has a forward of its own"
+    **{
+        f"convolution that {name}": lambda make=make, reason=reason: (
+            Flat(make(4), F.relu, pointwise(4, 6)), 4, f"has a forward of its own{reason}"
+        )
+        for name, (make, reason) in NOT_PADDING_ITSELF.items()
+    },
+    "1x1 convolution with a forward of its own": lambda: (
+        Flat(depthwise(4), F.relu, SameConv(4, 6, 1)), 4, "is not pointwise: SameConv has a forward of its own"
     ),
     "BN with LeakyReLU inside": lambda: (
         nn.Sequential(depthwise(4), BatchNormAct2d(4, nn.LeakyReLU), pointwise(4, 6)), 4, "applies LeakyReLU"

@@ -10,14 +10,13 @@ from __future__ import annotations
 import importlib
 import types
 from collections.abc import Callable
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn as nn
 from torch import fx
 
-from .._compat import has_global_hooks, has_hooks
-from .._padding import Pads
+from .._compat import has_global_hooks, has_hooks, is_plain_convolution
 from .._separable import SeparableConv
 from .helpers import Helper
 from .sites import Chain, find_chains, input_of
@@ -37,11 +36,9 @@ class FusedSite:
         self.bn1 = module_of(chain.bn1)
         self.pw = module_of(chain.pw)
         self.bn2 = module_of(chain.bn2)
-        operation = (chain.activation, chain.pointwise_activation, chain.pre_pad)
-        self.separable = (
-            SelfActivatingConv(*operation, chain.carried) if any(chain.carried) else SeparableConv(*operation)
-        )
-        # Whoever found the chain has read the forwards of BN subclasses.
+        self.separable = CarryingConv(chain)
+        # Whoever found the chain has read the forwards of subclasses.
+        self.separable.self_padding_class = None if is_plain_convolution(self.dw) else type(self.dw)
         self.separable.norm_forwards |= {type(bn).forward for bn in (self.bn1, self.bn2) if bn is not None}
         #: Every module that the site stands for: activations and padding too, and what a BN carries.
         self.modules = [
@@ -60,28 +57,18 @@ class FusedSite:
         return self.separable(x, self.dw, self.bn1, self.pw, self.bn2)
 
 
-class SelfActivatingConv(SeparableConv):
-    """Where a BN applies the activation itself, running the modules must not apply it again.
+class CarryingConv(SeparableConv):
+    """A chain whose modules may carry a part of it themselves: running them must not do that part again."""
 
-    Args:
-        activation, pointwise_activation, pre_pad: as for :class:`SeparableConv`.
-        carried: whether ``bn1`` and ``bn2`` apply theirs.
-    """
-
-    def __init__(
-        self,
-        activation: str,
-        pointwise_activation: str,
-        pre_pad: Pads | Literal["same"],
-        carried: tuple[bool, bool],
-    ) -> None:
-        super().__init__(activation, pointwise_activation, pre_pad)
-        self._between = SeparableConv(
-            "none" if carried[0] else activation, "none" if carried[1] else pointwise_activation, pre_pad
+    def __init__(self, chain: Chain) -> None:
+        super().__init__(chain.activation, chain.pointwise_activation, chain.pre_pad)
+        first, second = chain.carried_activations
+        self._around_modules = SeparableConv(
+            "none" if first else chain.activation, "none" if second else chain.pointwise_activation, chain.pad_in_front
         )
 
     def composite(self, *arguments: Any) -> torch.Tensor:
-        return self._between.composite(*arguments)
+        return self._around_modules.composite(*arguments)
 
 
 class FusedForward:
@@ -111,18 +98,24 @@ class FusedForward:
         self.sites = sites
         parts = {part for site in sites.values() for part in site.modules}
         run_by_the_sites = {part for site in sites.values() for part in site.numbers()}
+        #: Modules whose Python was read, in eval mode: written out in ``source``, or tried.
+        read = inlined | {site.dw for site in sites.values() if site.separable.self_padding_class is not None}
         #: Modules that are never called now: a hook of theirs, or training mode, needs the original forward.
-        self.bypassed = [module for module in parts | inlined if module is not owner and module not in run_by_the_sites]
+        self.bypassed = [
+            module
+            for module in parts | inlined
+            if module is not owner and (module in read or module not in run_by_the_sites)
+        ]
         #: Modules that must still be in place.
         self.expected = {
             path: module
             for path, module in owner.named_modules(remove_duplicate=False)
             if path and module in parts | inlined
         }
-        #: Plain attributes that the Python of the inlined modules may have branched on.
+        #: Plain attributes that this Python may have branched on.
         self.settings = [
             (module, name, value)
-            for module in inlined
+            for module in read
             for name, value in vars(module).items()
             if name != "training" and name in _names_read_by(module) and isinstance(value, _SETTING_TYPES)
         ]
@@ -133,6 +126,14 @@ class FusedForward:
     @property
     def __wrapped__(self) -> Callable[..., Any]:
         return original_forward(self.owner)
+
+    @property
+    def __globals__(self) -> NoReturn:
+        """Only ``torch.jit.script`` asks for it."""
+        raise AttributeError(
+            "torch.jit.script cannot read the forwards of a fused model: "
+            "script what fusedsep.defuse returns, or use torch.jit.trace or torch.export"
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -208,6 +209,7 @@ class FrozenForward(FusedForward):
         modules = dict(self.owner.named_modules(remove_duplicate=False))
         self.expected = {path: module for path, module in modules.items() if module in wanted}
         self.bypassed = [module for module in forward.bypassed if module in set(modules.values())]
+        self.settings = [setting for setting in forward.settings if setting[0] in set(modules.values())]
         self._slots = None
         self._program = self._compile()
 

@@ -10,11 +10,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import fx
 
-from .._compat import is_plain_convolution
+from .._compat import is_patched_convolution, is_plain_convolution
 from .._padding import NO_PADS, Pads, convolution_pads, pad_map
 from .._structure import why_not_depthwise, why_not_pointwise
 from .activations import activation_of_function, activation_of_module, arguments_of, composed_hardswish
 from .batch_norms import NotABatchNorm, is_batch_norm, read_batch_norm
+from .convolutions import PaddingUnknown, read_padding
 
 _PASSED_ON_IN_EVAL = {nn.Identity.forward} | {
     kind.forward
@@ -34,9 +35,16 @@ class Chain:
         self.pw: fx.Node = depthwise
         self.bn2: fx.Node | None = None
         self.pointwise_activation = "none"
-        self.pre_pad: Pads | Literal["same"] = NO_PADS
+        #: The zeros that nodes in front of the depthwise convolution add, and those that its own forward adds.
+        self.pad_in_front: Pads | Literal["same"] = NO_PADS
+        self.carried_pad: Pads | Literal["same"] = NO_PADS
         #: Whether ``bn1`` and ``bn2`` apply the activation themselves.
-        self.carried = (False, False)
+        self.carried_activations = (False, False)
+
+    @property
+    def pre_pad(self) -> Pads | Literal["same"]:
+        """All zeros around the map but those that ``padding`` of a plain convolution adds."""
+        return _sum_of_pads(self.pad_in_front, self.carried_pad)
 
     def __str__(self) -> str:
         pad = "" if self.pre_pad == NO_PADS else "pad + "
@@ -80,14 +88,16 @@ def find_chains(graph: fx.Graph, modules: dict[str, nn.Module]) -> tuple[list[Ch
 
 def why_not_fusable(conv: nn.Module) -> str | None:
     """The reason why a depthwise convolution by itself rules out a site, or ``None``."""
-    reason = why_not_depthwise(conv) or _replaced_forward(conv)
+    reason = why_not_depthwise(conv)
+    if reason is None and is_patched_convolution(conv):
+        reason = _own_forward(conv)
     if reason is None and conv.stride[0] > 2:
         reason = f"stride {tuple(conv.stride)}"
     return reason
 
 
-def _replaced_forward(conv: nn.Conv2d) -> str | None:
-    return None if is_plain_convolution(conv) else f"{type(conv).__name__} has a forward of its own"
+def _own_forward(conv: nn.Conv2d) -> str:
+    return f"{type(conv).__name__} has a forward of its own"
 
 
 def _chain_from(depthwise: fx.Node, modules: dict[str, nn.Module]) -> Chain:
@@ -96,6 +106,11 @@ def _chain_from(depthwise: fx.Node, modules: dict[str, nn.Module]) -> Chain:
     if reason is not None:
         raise NotASite(reason)
     chain = Chain(depthwise)
+    if not is_plain_convolution(conv):
+        try:
+            chain.carried_pad = read_padding(conv)
+        except PaddingUnknown as unknown:
+            raise NotASite(f"{_own_forward(conv)}: {unknown}") from None
     _follow_to_pointwise(chain, conv, modules)
     _follow_after_pointwise(chain, modules)
     _absorb_padding(chain, conv, modules)
@@ -115,7 +130,9 @@ def _follow_to_pointwise(chain: Chain, conv: nn.Conv2d, modules: dict[str, nn.Mo
         step = _read(reader, current, modules)
         if step.kind == "pointwise":
             pointwise = modules[reader.target]
-            reason = why_not_pointwise(pointwise) or _replaced_forward(pointwise)
+            reason = why_not_pointwise(pointwise)
+            if reason is None and not is_plain_convolution(pointwise):
+                reason = _own_forward(pointwise)
             if reason is not None:
                 raise NotASite(f"the convolution that follows, {reader.target}, is not pointwise: {reason}")
             if pointwise.in_channels != conv.out_channels:
@@ -128,7 +145,7 @@ def _follow_to_pointwise(chain: Chain, conv: nn.Conv2d, modules: dict[str, nn.Mo
                 raise NotASite(f"{reader.target} has {modules[reader.target].num_features} features")
             chain.bn1 = reader
             chain.activation, activated = step.activation, step.activation != "none"
-            chain.carried = (activated, False)
+            chain.carried_activations = (activated, False)
         elif step.kind == "activation" and not activated:
             chain.activation, activated = step.activation, True
         elif step.kind == "end":
@@ -161,7 +178,7 @@ def _follow_after_pointwise(chain: Chain, modules: dict[str, nn.Module]) -> None
                 return
             chain.bn2 = reader
             activated = step.activation != "none"
-            chain.carried = (chain.carried[0], activated)
+            chain.carried_activations = (chain.carried_activations[0], activated)
         elif step.kind == "activation":
             activated = True
         elif step.kind != "passed_on":
@@ -187,10 +204,17 @@ def _absorb_padding(chain: Chain, conv: nn.Conv2d, modules: dict[str, nn.Module]
         elif "same" in (pads, chain.pre_pad) and chain.pre_pad != NO_PADS:
             return
         else:
-            chain.pre_pad = pads if chain.pre_pad == NO_PADS else chain.pre_pad + pads
+            chain.pad_in_front = _sum_of_pads(pads, chain.pad_in_front)
             chain.nodes[:0] = passed_on
             passed_on = []
         current = source
+
+
+def _sum_of_pads(a: Pads | Literal["same"], b: Pads | Literal["same"]) -> Pads | Literal["same"]:
+    """Both together; ``"same"`` goes with no other padding."""
+    if NO_PADS in (a, b):
+        return a if b == NO_PADS else b
+    return a + b
 
 
 def _zero_pads(node: fx.Node, conv: nn.Conv2d, modules: dict[str, nn.Module]) -> Pads | Literal["same"] | None:

@@ -8,6 +8,7 @@ an attribute that the forward writes, a ``no_grad`` block) would silently be bak
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import copy
 import inspect
@@ -21,6 +22,7 @@ import torch
 import torch.nn as nn
 from torch import fx
 
+from .._compat import FUNCTION_TRANSFORMS
 from .helpers import Helper, failing_helper, recorded
 
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -159,14 +161,36 @@ def _match(form: Any, value: Any, found: list[Any]) -> bool:
 
 
 class TensorProxy(fx.Proxy):
-    """A symbolic value that is a tensor, and says so when a forward asks ``isinstance(x, torch.Tensor)``."""
+    """A symbolic value that is a tensor."""
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+
+@contextlib.contextmanager
+def _passing_for_tensors() -> Iterator[None]:
+    """For a while, a forward that asks ``isinstance(x, torch.Tensor)`` hears yes for a :class:`TensorProxy`.
+
+    Only Python does. A proxy with ``__class__ = torch.Tensor`` would tell C++ the same, which then reads its memory.
+    """
+    isinstance_of_python = builtins.isinstance
+
+    def is_instance(value: Any, kind: Any, /) -> bool:
+        if isinstance_of_python(value, kind):
+            return True
+        if type(value) is not TensorProxy:
+            return False
         asked_by = sys._getframe(1).f_globals.get("__name__", "")
-        if self.node.meta.get("opaque") and not asked_by.startswith(("torch.", "fusedsep.")):
+        if asked_by.startswith(FUNCTION_TRANSFORMS):  # autograd.Function asks there too, and has its own gradient
+            raise fx.proxy.TraceError("calls an autograd.Function or a transform of torch.func")
+        if asked_by.startswith(("torch.", "fusedsep.")):
+            return False
+        if value.node.meta.get("opaque"):
             raise fx.proxy.TraceError("asks for the type of what a submodule of unknown output returned")
-        return torch.Tensor
+        return issubclass(torch.Tensor, kind)
+
+    builtins.isinstance = is_instance
+    try:
+        yield
+    finally:
+        builtins.isinstance = isinstance_of_python
 
 
 class Call:
@@ -216,15 +240,15 @@ class Tracer(fx.Tracer):
     def run(self) -> fx.Graph:
         """The graph of the root. Raises :class:`Untraceable`."""
         root = self._calls[0].module
-        before = {module: _snapshot(module) for module in root.modules()}
+        before = {module: attributes_of(module) for module in root.modules()}
         try:
-            with recorded(self._helpers, self._record):
+            with recorded(self._helpers, self._record), _passing_for_tensors():
                 graph = self.trace(root)
         except Exception as error:  # whatever the forward raises when it meets symbolic values
             helper = failing_helper(error, {Tracer.run.__code__, Tracer.call_module.__code__})
-            raise Untraceable(self._blamed or root, _first_line(error), helper) from error
+            raise Untraceable(self._blamed or root, first_line(error), helper) from error
         finally:
-            changed = [module for module, snapshot in before.items() if _restore(module, snapshot)]
+            changed = [module for module, attributes in before.items() if restore_attributes(module, attributes)]
         if changed:
             raise Untraceable(changed[0], "its forward writes attributes")
         return graph
@@ -283,8 +307,6 @@ class Tracer(fx.Tracer):
         return node
 
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, fx.Proxy):  # first: a TensorProxy would pass for a parameter
-            return a.node
         if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs:
             raise fx.proxy.TraceError("its forward creates a tensor that does not depend on the input")
         return super().create_arg(a)
@@ -312,7 +334,7 @@ def _global_mode() -> tuple[bool, ...]:
     )
 
 
-def _snapshot(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+def attributes_of(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     """Every attribute of ``module``, with a copy if it is a collection."""
     return {
         name: (value, copy.copy(value) if isinstance(value, (list, dict, set)) else None)
@@ -320,22 +342,23 @@ def _snapshot(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _restore(module: nn.Module, snapshot: dict[str, tuple[Any, Any]]) -> bool:
-    """Undo what was done to the attributes of ``module``; say whether anything was."""
+def restore_attributes(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> bool:
+    """Undo what was done to ``module`` since :func:`attributes_of`; say whether anything was."""
     state = vars(module)
-    changed = state.keys() != snapshot.keys() or any(state[name] is not value for name, (value, _) in snapshot.items())
-    for value, content in snapshot.values():
+    changed = state.keys() != attributes.keys() or any(state[name] is not old for name, (old, _) in attributes.items())
+    for value, content in attributes.values():
         if content is not None and len(value) != len(content):
             changed = True
             value.clear()
             value.extend(content) if isinstance(value, list) else value.update(content)
     if changed:
         state.clear()
-        state.update({name: value for name, (value, _) in snapshot.items()})
+        state.update({name: value for name, (value, _) in attributes.items()})
     return changed
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0]
 
