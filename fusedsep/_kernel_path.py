@@ -23,27 +23,30 @@ from ._padding import NO_PADS, Pads, convolution_pads, output_size, resolve_padd
 if TYPE_CHECKING:
     from ._separable import SeparableConv
 
+#: Depthwise convolution, its BN, pointwise convolution, its BN.
+Modules = tuple[nn.Conv2d, _BatchNorm | None, nn.Conv2d, _BatchNorm | None]
+
 _DTYPES = (torch.float32, torch.float64)
 _TENSOR_TYPES = (torch.Tensor, nn.Parameter)
 
 
 class PackedCache:
-    """Packed weights of one site, kept until the bytes of a parameter or buffer change."""
+    """Packed weights of one site, each with the fingerprint of the parameters that it was packed from.
+
+    The two are stored as one value: threads may look up and store at the same time.
+    """
 
     def __init__(self) -> None:
-        self._packed: dict[object, torch.Tensor] = {}
-        self._fingerprint: object = None
+        self._entries: dict[object, tuple[object, torch.Tensor]] = {}
 
     def lookup(self, key: object, fingerprint: object) -> torch.Tensor | None:
-        """The weights packed under ``key`` from parameters with this ``fingerprint``."""
-        return self._packed.get(key) if fingerprint == self._fingerprint else None
+        """What is packed under ``key``, if it is from parameters with this ``fingerprint``."""
+        entry = self._entries.get(key)
+        return entry[1] if entry is not None and entry[0] == fingerprint else None
 
-    def store(self, key: object, fingerprint: object, packed: torch.Tensor) -> torch.Tensor:
-        if fingerprint != self._fingerprint:
-            self._packed = {}
-            self._fingerprint = fingerprint
-        self._packed[key] = packed
-        return packed
+    def store(self, key: object, fingerprint: object, packed: torch.Tensor) -> None:
+        """Keep ``packed`` under ``key``, in the place of what was there."""
+        self._entries[key] = (fingerprint, packed)
 
 
 # ------------------------------------------------------------------------------------------------------------- applies
@@ -185,28 +188,23 @@ def run(
     site: SeparableConv,
     x: torch.Tensor,
     tensors: Sequence[torch.Tensor | None],
-    dw: nn.Conv2d,
-    bn1: _BatchNorm | None,
-    pw: nn.Conv2d,
-    bn2: _BatchNorm | None,
+    modules: Modules,
 ) -> torch.Tensor:
     """``site`` on ``x`` through the kernels; ``tensors`` are those of :func:`covered_tensors`."""
     if torch.is_grad_enabled() and (
         x.requires_grad or any(tensor is not None and tensor.requires_grad for tensor in tensors)
     ):
-        return _EvalFunction.apply(site, (dw, bn1, pw, bn2), x, *tensors)
-    return _run_without_grad(site, x, tensors, dw, bn1, pw, bn2)
+        return _EvalFunction.apply(site, modules, x, *tensors)
+    return _run_without_grad(site, x, tensors, modules)
 
 
 def _run_without_grad(
     site: SeparableConv,
     x: torch.Tensor,
     tensors: Sequence[torch.Tensor | None],
-    dw: nn.Conv2d,
-    bn1: _BatchNorm | None,
-    pw: nn.Conv2d,
-    bn2: _BatchNorm | None,
+    modules: Modules,
 ) -> torch.Tensor:
+    dw, bn1, pw, bn2 = modules
     stride, dilation = dw.stride[0], dw.dilation[0]
     pads = checked_pads(site.pre_pad, own_pads(site, dw), stride, dilation, *x.shape[-2:])
     x, channels_last, unbatched = _dense(x)
@@ -301,17 +299,6 @@ def _dense(x: torch.Tensor) -> tuple[torch.Tensor, bool, bool]:
     return x.contiguous(memory_format=memory_format), channels_last, unbatched
 
 
-def _is_channels_last(x: torch.Tensor) -> bool:
-    """ATen's rule (``Tensor.suggest_memory_format``): strides grow in the order C, W, H, N, else no."""
-    smallest = 0
-    for dim in (1, 3, 2, 0):
-        size, stride = x.shape[dim], x.stride(dim)
-        if size == 0 or stride < smallest or (dim == 0 and smallest == x.stride(1)):
-            return False
-        smallest = stride * max(size, 1)
-    return True
-
-
 def own_pads(site: SeparableConv, dw: nn.Conv2d) -> object:
     """The zeros that ``dw`` adds to ``site.pre_pad``."""
     if type(dw) is site.self_padding_class:
@@ -352,7 +339,7 @@ class _EvalFunction(torch.autograd.Function):
     def forward(ctx, site, modules, x, *tensors):  # type: ignore[no-untyped-def]
         ctx.site, ctx.modules = site, modules
         ctx.save_for_backward(x, *tensors)
-        return _run_without_grad(site, x, tensors, *modules)
+        return _run_without_grad(site, x, tensors, modules)
 
     @staticmethod
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
@@ -360,11 +347,9 @@ class _EvalFunction(torch.autograd.Function):
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
         create_graph = torch.is_grad_enabled()  # a gradient of the gradient will be asked for
         with torch.enable_grad():
-            inputs = (
-                list(saved) if create_graph else [tensor if tensor is None else tensor.detach() for tensor in saved]
-            )
+            inputs = list(saved)
             if not create_graph:
-                inputs = [None if tensor is None else tensor.detach() for tensor in inputs]
+                inputs = [None if tensor is None else tensor.detach() for tensor in saved]
                 for i in wanted:
                     inputs[i].requires_grad_()
             y = ctx.site.composite_of_tensors(ctx.modules, *inputs)

@@ -53,7 +53,7 @@ class SeparableConv:
         """``x``: ``Tensor[N, C, H, W]`` or ``Tensor[C, H, W]``; returns the same rank."""
         tensors = _kernel_path.covered_tensors(self, x, dw, bn1, pw, bn2)
         if tensors is not None:
-            return _kernel_path.run(self, x, tensors, dw, bn1, pw, bn2)
+            return _kernel_path.run(self, x, tensors, (dw, bn1, pw, bn2))
         # A parametrized weight is computed at every look, and spectral_norm counts the looks: torch checks for itself.
         if not is_parametrized(dw, "weight"):
             batch_statistics = any(bn is not None and (bn.training or bn.running_mean is None) for bn in (bn1, bn2))
@@ -82,9 +82,7 @@ class SeparableConv:
             y = bn2(y)
         return apply_activation(self.pointwise_activation, y)
 
-    def composite_of_tensors(
-        self, modules: tuple[nn.Conv2d, _BatchNorm | None, nn.Conv2d, _BatchNorm | None], x: torch.Tensor, *tensors: Any
-    ) -> torch.Tensor:
+    def composite_of_tensors(self, modules: _kernel_path.Modules, x: torch.Tensor, *tensors: Any) -> torch.Tensor:
         """:meth:`composite` with fixed statistics, of tensors that stand in for those of ``modules``.
 
         ``tensors``: weight and bias of either convolution, then weight, bias, running mean and variance of each BN.

@@ -14,6 +14,7 @@ from torch.nn.utils import prune
 from twins import assert_close, random, twins
 
 import fusedsep
+from fusedsep._kernel_path import PackedCache
 
 
 def in_place_without_grad(model):
@@ -198,3 +199,13 @@ def test_copies_do_not_share_packed_weights(kernel_calls, duplicate):
         assert torch.equal(copied(x), expected)
         assert not torch.equal(block(x), expected)
     assert len(kernel_calls) == 3
+
+
+def test_packed_weights_belong_to_one_fingerprint_whatever_is_stored_between():
+    cache, old, new = PackedCache(), torch.zeros(1), torch.ones(1)
+    cache.store("avx2", "before", old)
+    cache.store("portable", "after", new)  # another thread saw the parameters change meanwhile
+    cache.store("avx2", "before", old)
+    assert cache.lookup("avx2", "after") is None
+    assert cache.lookup("avx2", "before") is old
+    assert cache.lookup("portable", "after") is new

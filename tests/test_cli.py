@@ -12,6 +12,7 @@ from PIL import Image
 from randomize import randomized
 
 import fusedsep
+from fusedsep import _kernel_path
 from fusedsep.cli import _measure, main, verify
 from fusedsep.pretrained import download, photos
 from fusedsep.pretrained.weights import SLIM_ARGUMENTS
@@ -167,6 +168,13 @@ def test_verify_passes_on_this_machine(capsys):
     for isa in fusedsep.supported_isas():
         assert sum(line.split()[0] == isa for line in printed.splitlines() if line.strip()) == 4
     assert "FAIL" not in printed
+
+
+def test_verify_fails_where_torch_runs_instead_of_the_kernels(monkeypatch, capsys):
+    monkeypatch.setattr(_kernel_path, "_covers", lambda x: False)
+    monkeypatch.setattr(verify, "_CASES", verify._CASES[2:4])
+    assert main(["verify"]) == 1
+    assert "torch ran it, not the kernels" in capsys.readouterr().out
 
 
 def test_verify_fails_on_a_wrong_kernel(monkeypatch, capsys):

@@ -19,6 +19,7 @@ from models import (
     pointwise,
 )
 from randomize import randomized
+from subprocesses import run_code
 from torch.utils.checkpoint import checkpoint
 from zoo import assert_as_close_to_float64
 
@@ -331,3 +332,22 @@ def test_forward_that_a_user_replaced_is_kept():
     assert torch.equal(fused(x), x * 2)
     fusedsep.defuse(fused)
     assert torch.equal(fused(x), x * 2)
+
+
+def test_threads_that_fuse_at_once_leave_python_as_it_was():
+    finished = run_code(
+        """
+        import builtins
+        from concurrent.futures import ThreadPoolExecutor
+        import fusedsep
+        before = builtins.isinstance
+        models = [fusedsep.MobileNetV1(10, 0.25) for _ in range(2)] + [
+            fusedsep.reference.MobileNetV1(10, 0.25) for _ in range(6)
+        ]
+        with ThreadPoolExecutor(8) as pool:
+            fused = list(pool.map(fusedsep.fuse, models))
+        assert builtins.isinstance is before
+        assert [len(fusedsep.fusion_report(model).fused) for model in fused] == [13] * 8
+        """
+    )
+    assert finished.returncode == 0, finished.stderr

@@ -17,10 +17,9 @@ struct PlanRequest {
 
 struct Plan {
   int64_t tiles_per_image;
-  int64_t
-      unit;  // tiles hold whole units of pixels, the image's last tile the rest: lanes of a vector, or single pixels
-  // false: threads take whole tiles (all channels). true: tiles one after the other, threads share the channels of
-  // each.
+  // Tiles hold whole units of pixels, the image's last tile what is left: lanes of a vector (NCHW) or single pixels.
+  int64_t unit;
+  // false: threads take whole tiles, with all channels. true: tile after tile, threads share the channels of each.
   bool share_tiles;
 };
 

@@ -11,7 +11,7 @@
 // Layouts   Maps are dense, in one of two memory formats: channels_last [n][i][j][c] or NCHW [n][c][i][j]. Inside a
 //           tile, output pixels are numbered p = i * out_width + j. All sizes and offsets count elements, not bytes.
 // Aliasing  x, the packed weights and scratch must not overlap y.
-// Order     h is one chain of (fused) multiply-adds over u, then v; y is a sum, in order, of chains over at most 256
+// Order     h is one chain of (fused) multiply-adds over u, then v; y is a sum, in order, of chains over at most 128
 //           neighbouring c. Biases come last: a folded BN may have a large one, and every step of a chain that started
 //           from it would round at its magnitude. Lengths of chains depend on in_channels and the ISA alone; neither
 //           the tile nor the split over threads changes a result, so results are bit-identical for every thread count

@@ -14,6 +14,7 @@ import copy
 import inspect
 import operator
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,6 +25,9 @@ from torch import fx
 
 from .._compat import FUNCTION_TRANSFORMS
 from .helpers import Helper, failing_helper, recorded
+
+#: torch.fx and this module patch functions of the whole process while they trace: one thread at a time.
+_TRACING = threading.RLock()
 
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _CONSTANT_TYPES = (bool, int, float, str, type(None), torch.dtype)
@@ -242,7 +246,7 @@ class Tracer(fx.Tracer):
         root = self._calls[0].module
         before = {module: attributes_of(module) for module in root.modules()}
         try:
-            with recorded(self._helpers, self._record), _passing_for_tensors():
+            with _TRACING, recorded(self._helpers, self._record), _passing_for_tensors():
                 graph = self.trace(root)
         except Exception as error:  # whatever the forward raises when it meets symbolic values
             helper = failing_helper(error, {Tracer.run.__code__, Tracer.call_module.__code__})

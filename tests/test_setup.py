@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What cannot be built says why in one sentence: setup.py of the source tree, run with a stand-in for torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+def message_of_setup(tmp_path, torch="", patch="pass", **environment):
+    """What ``setup.py --version`` prints last, where ``import torch`` runs ``torch``."""
+    package = tmp_path / "torch" / "utils"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").write_text(torch)
+    (package / "__init__.py").write_text("")
+    (package / "cpp_extension.py").write_text("BuildExtension = CppExtension = object")
+    code = f"import runpy, sys; {patch}; sys.argv = ['setup.py', '--version']; runpy.run_path('setup.py')"
+    finished = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=_ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert finished.returncode == 1, finished
+    assert "Traceback" not in finished.stderr
+    return finished.stderr.strip()
+
+
+def test_a_torch_without_the_stable_abi(tmp_path):
+    message = message_of_setup(tmp_path, "__version__ = '2.9.1+cpu'")
+    assert message == ("fusedsep cannot be built: torch >= 2.10 is needed for its stable ABI, found torch 2.9.1+cpu.")
+
+
+def test_no_torch(tmp_path):
+    message = message_of_setup(tmp_path, "raise ImportError('no torch here')")
+    assert "torch >= 2.10 must be importable at build time (no torch here)" in message
+    assert len(message.splitlines()) == 1
+
+
+def test_no_compiler(tmp_path):
+    message = message_of_setup(tmp_path, "__version__ = '2.13.0'", CXX="no-such-compiler -O2")
+    assert message == (
+        "fusedsep cannot be built: no C++ compiler: 'no-such-compiler' was not found; install g++ or clang++, "
+        "or point the variable CXX to one."
+    )
+
+
+@pytest.mark.parametrize("machine", ["riscv64", "i686"])
+def test_another_architecture(tmp_path, machine):
+    message = message_of_setup(tmp_path, patch=f"import platform; platform.machine = lambda: {machine!r}")
+    assert message == (
+        f"fusedsep cannot be built: the processor architecture {machine!r} is not supported; x86_64 and aarch64 are."
+    )
