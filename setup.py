@@ -105,7 +105,7 @@ def main() -> None:
     sanitizers = os.environ.get("FUSEDSEP_SANITIZE")
     extension = cpp_extension(
         "fusedsep._C",
-        [str(BINDINGS / "module.cpp"), str(BINDINGS / "ops.cpp")],
+        [str(path) for path in sorted(BINDINGS.glob("*.cpp"))],
         include_dirs=[str(ROOT / "build" / "generated")],
         depends=[str(path) for folder in (KERNELS, BINDINGS) for path in sorted(folder.glob("*.h"))],
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],

@@ -129,14 +129,14 @@ std::string compiler() {
 // Elements of what the operator `pack` returns for the ISA in use.
 int64_t packed_size(int64_t in_channels, int64_t out_channels, bool channels_last, int64_t element_size) {
   const Isa& isa = active_isa();
-  const int64_t size = element_size == 4 ? isa.f32.packed_size(in_channels, out_channels, channels_last)
-                                         : isa.f64.packed_size(in_channels, out_channels, channels_last);
+  const int64_t size = element_size == 4 ? isa.separable_f32.packed_size(in_channels, out_channels, channels_last)
+                                         : isa.separable_f64.packed_size(in_channels, out_channels, channels_last);
   return int64_t(sizeof(PackedHeader)) / element_size + size;
 }
 
 py::dict plan(int64_t batch, int64_t in_channels, int64_t out_channels, int64_t out_pixels, bool channels_last,
               int64_t threads, const std::string& isa_name) {
-  const auto& kernels = find_isa(isa_name).f32;
+  const auto& kernels = find_isa(isa_name).separable_f32;
   const Plan plan = make_plan({batch, in_channels, out_channels, out_pixels, int64_t(sizeof(float)), kernels.lanes,
                                kernels.tile_rows, kernels.tile_columns, channels_last, threads});
   py::dict result;

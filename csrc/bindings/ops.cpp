@@ -1,36 +1,17 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The operators, in LibTorch's stable ABI: check, allocate, fill params, split work over torch's intra-op pool, call.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+// The operators of inference, in LibTorch's stable ABI: check, allocate, fill params, split work over torch's intra-op
+// pool, call.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include <array>
 #include <optional>
 
 #include "geometry.h"
 #include "run.h"
+#include "tensors.h"
 
 namespace fusedsep {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-template <typename T>
-constexpr ScalarType kScalarType = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
-
-template <size_t kRank>
-Tensor empty_strided(const std::array<int64_t, kRank>& sizes, const std::array<int64_t, kRank>& strides,
-                     ScalarType dtype) {
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(kRank), sizes.data(), strides.data(), int32_t(dtype),
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
 
 void check_vector(const char* name, const std::optional<Tensor>& vector, int64_t channels) {
   if (!vector.has_value()) return;
@@ -85,23 +66,6 @@ Tensor pack(const Tensor& dw_weight, const std::optional<Tensor>& dw_scale, cons
   return pack_dtype(0.0);
 }
 
-std::array<int64_t, 4> dense_strides(const std::array<int64_t, 4>& sizes, bool channels_last) {
-  const auto [batch, channels, height, width] = sizes;
-  if (channels_last) return {height * width * channels, 1, width * channels, channels};
-  return {channels * height * width, height * width, width, 1};
-}
-
-// Dense in the memory format; strides of dimensions of size one, and of empty tensors, do not matter, as everywhere in
-// torch.
-bool is_dense(const Tensor& x, const std::array<int64_t, 4>& sizes, bool channels_last) {
-  if (x.numel() == 0) return true;
-  const auto strides = dense_strides(sizes, channels_last);
-  for (int d = 0; d < 4; ++d) {
-    if (sizes[d] > 1 && x.stride(d) != strides[d]) return false;
-  }
-  return true;
-}
-
 template <typename T>
 Tensor separable_conv2d_as(const Tensor& x, const Tensor& packed, int64_t out_channels, const Geometry& g,
                            bool channels_last) {
@@ -142,8 +106,7 @@ Tensor separable_conv2d_as(const Tensor& x, const Tensor& packed, int64_t out_ch
   params.y = y.mutable_data_ptr<T>();
   params.packed = data + header_size;
   const int64_t threads = torch::stable::get_num_threads();
-  run_separable(kernels, params, plan_for(kernels, params, threads), threads,
-                [](int64_t count, const auto& f) { torch::stable::parallel_for(0, count, 1, f); });
+  run_separable(kernels, params, plan_for(kernels, params, threads), threads, TorchParallelFor());
   return y;
 }
 

@@ -30,5 +30,25 @@ FUSEDSEP_INLINE V activate(Activation activation, V x) {
   return x;
 }
 
+// g * act'(x), lane by lane; at a kink the one-sided derivative that torch takes.
+template <class V>
+FUSEDSEP_INLINE V activation_gradient(Activation activation, V x, V g) {
+  using T = typename V::T;
+  switch (activation) {
+    case Activation::kNone:
+      return g;
+    case Activation::kRelu:
+      return V::select_above(x, V::zero(), g, V::zero());
+    case Activation::kRelu6:
+      return V::select_above(x, V::zero(), V::select_above(V::broadcast(T(6)), x, g, V::zero()), V::zero());
+    case Activation::kHardswish: {
+      const V slope = V::fma(x, V::broadcast(T(1) / T(3)), V::broadcast(T(0.5)));
+      const V inner = V::select_above(V::broadcast(T(3)), x, V::mul(g, slope), g);
+      return V::select_above(x, V::broadcast(T(-3)), inner, V::zero());
+    }
+  }
+  return g;
+}
+
 }  // namespace
 }  // namespace fusedsep

@@ -4,12 +4,18 @@
 #include "fingerprint-inl.h"
 #include "isa.h"
 #include "separable-inl.h"
+#include "training-kernels-inl.h"
 #include "vec_avx2.h"
 
 namespace fusedsep {
 
 const Isa& avx2_isa() {
-  static const Isa isa{"avx2", separable_kernels<Avx2F32>(), separable_kernels<Avx2F64>(), fingerprint};
+  static const Isa isa{"avx2",
+                       separable_kernels<Avx2F32>(),
+                       separable_kernels<Avx2F64>(),
+                       training_kernels<Avx2F32>(),
+                       training_kernels<Avx2F64>(),
+                       fingerprint};
   return isa;
 }
 

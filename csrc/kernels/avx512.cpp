@@ -4,12 +4,18 @@
 #include "fingerprint-inl.h"
 #include "isa.h"
 #include "separable-inl.h"
+#include "training-kernels-inl.h"
 #include "vec_avx512.h"
 
 namespace fusedsep {
 
 const Isa& avx512_isa() {
-  static const Isa isa{"avx512", separable_kernels<Avx512F32>(), separable_kernels<Avx512F64>(), fingerprint};
+  static const Isa isa{"avx512",
+                       separable_kernels<Avx512F32>(),
+                       separable_kernels<Avx512F64>(),
+                       training_kernels<Avx512F32>(),
+                       training_kernels<Avx512F64>(),
+                       fingerprint};
   return isa;
 }
 

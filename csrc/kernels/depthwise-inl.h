@@ -108,6 +108,32 @@ struct SegmentKernels {
 // that the prefetchers follow, and few enough that what a segment reads (3 rows of up to 16 pixels: 12 KiB) fits L1.
 constexpr int64_t kChannelGroupBytes = 256;
 
+// How the taps of a segment of `count` pixels may be read.
+template <typename T>
+FUSEDSEP_INLINE Taps taps_of(const Segment<T>& segment, int64_t count) {
+  const int64_t last_column = segment.first_column + (count - 1) * segment.stride + 2 * segment.dilation;
+  if (segment.first_column < 0 || last_column >= segment.width) return Taps::kChecked;
+  return segment.stride == 1 && segment.dilation == 1 ? Taps::kUnit : Taps::kInside;
+}
+
+// The taps of output row `i` from column `j` on.
+template <typename T>
+FUSEDSEP_INLINE Segment<T> segment_at(const SeparableParams<T>& p, const T* image, int64_t i, int64_t j) {
+  Segment<T> segment;
+  segment.first_column = j * p.stride - p.pad_left;
+  segment.width = p.width;
+  segment.pixel_stride = p.in_channels;
+  segment.stride = p.stride;
+  segment.dilation = p.dilation;
+  segment.activation = p.activation;
+  for (int u = 0; u < 3; ++u) {
+    const int64_t row = i * p.stride - p.pad_top + u * p.dilation;
+    const bool inside = row >= 0 && row < p.height;
+    segment.row[u] = inside ? image + (row * p.width + segment.first_column) * p.in_channels : nullptr;
+  }
+  return segment;
+}
+
 template <class V>
 void depthwise_channels_last(const SeparableParams<typename V::T>& p, const Tile& tile, int64_t channel_begin,
                              int64_t channel_end, typename V::T* scratch) {
@@ -116,36 +142,22 @@ void depthwise_channels_last(const SeparableParams<typename V::T>& p, const Tile
   constexpr int64_t kGroup = max_of(1, kChannelGroupBytes / int64_t(sizeof(T)) / L) * L;
   static constexpr SegmentKernels<V> kKernels;
 
-  const int64_t channels = p.in_channels, padded = round_up(channels, L);
+  const int64_t channels = p.in_channels, padded = round_up(channels, L), map = p.height * p.width * channels;
   const int64_t pixels = tile.end - tile.begin, blocks = block_count(pixels, Tiling<V>::kTileRows);
-  const T* image = p.x + tile.image * p.height * p.width * channels;
+  const int64_t out_pixels = p.out_height * p.out_width, first = tile.begin % out_pixels;
   const T* weights = p.packed + PackedLayout<V>(channels, p.out_channels, true).depthwise;
   const auto all = V::mask(0, L), tail = V::mask(0, channels % L);
 
   for (int64_t group = channel_begin; group < channel_end; group += kGroup) {
     const int64_t group_end = min_of(group + kGroup, channel_end);
-    int64_t i = tile.begin / p.out_width, j = tile.begin % p.out_width;  // output row and column
+    const T* image = p.x + (tile.image + tile.begin / out_pixels) * map;
+    int64_t i = first / p.out_width, j = first % p.out_width;  // output row and column
     for (int64_t b = 0; b < blocks; ++b) {
       const Block block = block_at(pixels, blocks, b);
       for (int64_t done = 0; done < block.size;) {
         const int64_t count = min_of(block.size - done, p.out_width - j);
-        Segment<T> segment;
-        segment.first_column = j * p.stride - p.pad_left;
-        segment.width = p.width;
-        segment.pixel_stride = channels;
-        segment.stride = p.stride;
-        segment.dilation = p.dilation;
-        segment.activation = p.activation;
-        for (int u = 0; u < 3; ++u) {
-          const int64_t row = i * p.stride - p.pad_top + u * p.dilation;
-          const bool inside = row >= 0 && row < p.height;
-          segment.row[u] = inside ? image + (row * p.width + segment.first_column) * channels : nullptr;
-        }
-        const int64_t last_column = segment.first_column + (count - 1) * p.stride + 2 * p.dilation;
-        const bool columns_inside = segment.first_column >= 0 && last_column < p.width;
-        const Taps taps = !columns_inside                    ? Taps::kChecked
-                          : p.stride == 1 && p.dilation == 1 ? Taps::kUnit
-                                                             : Taps::kInside;
+        const Segment<T> segment = segment_at(p, image, i, j);
+        const Taps taps = taps_of(segment, count);
         T* out = scratch + block.begin * padded + done * L;
         for (int64_t c = group; c < group_end; c += L) {
           const bool whole = c + L <= channels;
@@ -155,6 +167,7 @@ void depthwise_channels_last(const SeparableParams<typename V::T>& p, const Tile
         done += count;
         j += count;
         if (j == p.out_width) j = 0, ++i;
+        if (i == p.out_height) i = 0, image += map;
       }
     }
   }

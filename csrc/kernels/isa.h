@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "separable.h"
+#include "training.h"
 
 // The one list of ISAs, worst first: X(name, processor can run it, chosen by default).
 #if defined(__x86_64__)
@@ -22,6 +23,35 @@
 #endif
 
 namespace fusedsep {
+
+// The kernels of one ISA.
+struct Isa {
+  const char* name;
+  SeparableKernels<float> separable_f32;
+  SeparableKernels<double> separable_f64;
+  TrainingKernels<float> training_f32;
+  TrainingKernels<double> training_f64;
+
+  // A 64-bit hash of `bytes` bytes of memory, going on from `seed`; the same from every ISA.
+  uint64_t (*fingerprint)(const void* memory, size_t bytes, uint64_t seed);
+
+  template <typename T>
+  const SeparableKernels<T>& separable() const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      return separable_f32;
+    } else {
+      return separable_f64;
+    }
+  }
+  template <typename T>
+  const TrainingKernels<T>& training() const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      return training_f32;
+    } else {
+      return training_f64;
+    }
+  }
+};
 
 #define FUSEDSEP_DECLARE(name, supported, choosable) const Isa& name##_isa();
 FUSEDSEP_ISAS(FUSEDSEP_DECLARE)

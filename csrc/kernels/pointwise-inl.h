@@ -139,8 +139,9 @@ struct Product {
   int64_t depth;  // input channels
   T* c;           // element [0, 0]
   int64_t c_stride;
-  const T* bias;  // of row 0 or column 0
+  const T* bias;  // of row 0 or column 0; null: neither bias nor activation
   Activation activation;
+  bool accumulate;  // C += instead of C =
 };
 
 // Loops, outermost first: depth (a column panel fits L1), row blocks (they fit L2), column panels, row blocks within.
@@ -158,7 +159,8 @@ void multiply(const Product<typename V::T>& product) {
 
   for (int64_t k = 0; k < product.depth; k += depth_step) {
     const int64_t depth = min_of(depth_step, product.depth - k);
-    Epilogue<T> epilogue{nullptr, k == 0, k + depth == product.depth, product.activation};
+    const bool last = product.bias != nullptr && k + depth == product.depth;
+    Epilogue<T> epilogue{nullptr, k == 0 && !product.accumulate, last, product.activation};
     for (int64_t group = product.block_begin; group < product.block_end; group += blocks_in_l2) {
       const int64_t group_end = min_of(group + blocks_in_l2, product.block_end);
       for (int64_t q = product.column_begin; q < product.column_end; q += Tile::kTileColumns) {
@@ -167,7 +169,7 @@ void multiply(const Product<typename V::T>& product) {
         const T* panel = product.columns + q * product.depth + k * vectors * V::kLanes;
         for (int64_t b = group; b < group_end; ++b) {
           const Block block = block_at(product.row_count, blocks, b);
-          epilogue.bias = product.bias + (kBiasPerRow ? block.begin : q);
+          if (last) epilogue.bias = product.bias + (kBiasPerRow ? block.begin : q);
           kMicrokernels.table[vectors - 1][block.size - 1](
               depth, product.rows + block.begin * padded_depth + k * block.size, panel,
               product.c + block.begin * product.c_stride + q, product.c_stride, column_count, epilogue);

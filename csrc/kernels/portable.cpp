@@ -4,13 +4,18 @@
 #include "fingerprint-inl.h"
 #include "isa.h"
 #include "separable-inl.h"
+#include "training-kernels-inl.h"
 #include "vec_portable.h"
 
 namespace fusedsep {
 
 const Isa& portable_isa() {
-  static const Isa isa{"portable", separable_kernels<PortableVec<float, 8>>(),
-                       separable_kernels<PortableVec<double, 4>>(), fingerprint};
+  static const Isa isa{"portable",
+                       separable_kernels<PortableVec<float, 8>>(),
+                       separable_kernels<PortableVec<double, 4>>(),
+                       training_kernels<PortableVec<float, 8>>(),
+                       training_kernels<PortableVec<double, 4>>(),
+                       fingerprint};
   return isa;
 }
 

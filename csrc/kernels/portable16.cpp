@@ -5,13 +5,18 @@
 #include "fingerprint-inl.h"
 #include "isa.h"
 #include "separable-inl.h"
+#include "training-kernels-inl.h"
 #include "vec_portable.h"
 
 namespace fusedsep {
 
 const Isa& portable16_isa() {
-  static const Isa isa{"portable16", separable_kernels<PortableVec<float, 16>>(),
-                       separable_kernels<PortableVec<double, 8>>(), fingerprint};
+  static const Isa isa{"portable16",
+                       separable_kernels<PortableVec<float, 16>>(),
+                       separable_kernels<PortableVec<double, 8>>(),
+                       training_kernels<PortableVec<float, 16>>(),
+                       training_kernels<PortableVec<double, 8>>(),
+                       fingerprint};
   return isa;
 }
 

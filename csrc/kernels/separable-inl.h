@@ -53,6 +53,7 @@ void pointwise(const SeparableParams<typename V::T>& params, const Tile& tile, i
   product.depth = params.in_channels;
   product.bias = params.packed + layout.pointwise_bias;
   product.activation = params.pointwise_activation;
+  product.accumulate = false;
   if (params.channels_last) {
     product.rows = scratch;
     product.row_count = pixels;

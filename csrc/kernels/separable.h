@@ -48,7 +48,8 @@ struct SeparableParams {
   Activation activation, pointwise_activation;
 };
 
-// Output pixels [begin, end) of one image; at least one and at most kMaxTilePixels.
+// Output pixels [begin, end) of an image; at least one and at most kMaxTilePixels. In channels_last the pixels of the
+// next image follow on those of this one, and a tile may run on into them.
 constexpr int64_t kMaxTilePixels = 2048;
 struct Tile {
   int64_t image;
@@ -92,27 +93,5 @@ struct SeparableKernels {
   void (*pointwise)(const SeparableParams<T>& params, const Tile& tile, int64_t panel_begin, int64_t panel_end,
                     const T* scratch);
 };
-
-// The kernels of one ISA.
-struct Isa {
-  const char* name;
-  SeparableKernels<float> f32;
-  SeparableKernels<double> f64;
-
-  // A 64-bit hash of `bytes` bytes of memory, going on from `seed`; the same from every ISA.
-  uint64_t (*fingerprint)(const void* memory, size_t bytes, uint64_t seed);
-
-  template <typename T>
-  const SeparableKernels<T>& separable() const;
-};
-
-template <>
-inline const SeparableKernels<float>& Isa::separable<float>() const {
-  return f32;
-}
-template <>
-inline const SeparableKernels<double>& Isa::separable<double>() const {
-  return f64;
-}
 
 }  // namespace fusedsep

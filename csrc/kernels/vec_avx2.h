@@ -52,10 +52,40 @@ struct Avx2F32 {
 
   FUSEDSEP_INLINE static Avx2F32 fma(Avx2F32 a, Avx2F32 b, Avx2F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   FUSEDSEP_INLINE static Avx2F32 add(Avx2F32 a, Avx2F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
+  FUSEDSEP_INLINE static Avx2F32 sub(Avx2F32 a, Avx2F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
   FUSEDSEP_INLINE static Avx2F32 mul(Avx2F32 a, Avx2F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
   // VMAXPS and VMINPS return their second operand when either is NaN.
   FUSEDSEP_INLINE static Avx2F32 max(Avx2F32 bound, Avx2F32 x) { return {_mm256_max_ps(bound.v, x.v)}; }
   FUSEDSEP_INLINE static Avx2F32 min(Avx2F32 bound, Avx2F32 x) { return {_mm256_min_ps(bound.v, x.v)}; }
+  FUSEDSEP_INLINE static Avx2F32 select_above(Avx2F32 a, Avx2F32 b, Avx2F32 yes, Avx2F32 no) {
+    return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_NLE_UQ))};
+  }
+
+  FUSEDSEP_INLINE void accumulate(double* sums) const {
+    const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(v)), high = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+    _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), low));
+    _mm256_storeu_pd(sums + 4, _mm256_add_pd(_mm256_loadu_pd(sums + 4), high));
+  }
+  FUSEDSEP_INLINE static void transpose(Avx2F32 rows[8]) {
+    __m256 pair[8], quad[8];
+    FUSEDSEP_UNROLL(4)
+    for (int i = 0; i < 8; i += 2) {
+      pair[i] = _mm256_unpacklo_ps(rows[i].v, rows[i + 1].v);
+      pair[i + 1] = _mm256_unpackhi_ps(rows[i].v, rows[i + 1].v);
+    }
+    FUSEDSEP_UNROLL(2)
+    for (int i = 0; i < 8; i += 4) {
+      quad[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], _MM_SHUFFLE(1, 0, 1, 0));
+      quad[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], _MM_SHUFFLE(3, 2, 3, 2));
+      quad[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], _MM_SHUFFLE(1, 0, 1, 0));
+      quad[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], _MM_SHUFFLE(3, 2, 3, 2));
+    }
+    FUSEDSEP_UNROLL(4)
+    for (int i = 0; i < 4; ++i) {
+      rows[i].v = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x20);
+      rows[i + 4].v = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x31);
+    }
+  }
 
  private:
   // Even lanes of `low`, then odd lanes of `high`.
@@ -99,9 +129,25 @@ struct Avx2F64 {
 
   FUSEDSEP_INLINE static Avx2F64 fma(Avx2F64 a, Avx2F64 b, Avx2F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
   FUSEDSEP_INLINE static Avx2F64 add(Avx2F64 a, Avx2F64 b) { return {_mm256_add_pd(a.v, b.v)}; }
+  FUSEDSEP_INLINE static Avx2F64 sub(Avx2F64 a, Avx2F64 b) { return {_mm256_sub_pd(a.v, b.v)}; }
   FUSEDSEP_INLINE static Avx2F64 mul(Avx2F64 a, Avx2F64 b) { return {_mm256_mul_pd(a.v, b.v)}; }
   FUSEDSEP_INLINE static Avx2F64 max(Avx2F64 bound, Avx2F64 x) { return {_mm256_max_pd(bound.v, x.v)}; }
   FUSEDSEP_INLINE static Avx2F64 min(Avx2F64 bound, Avx2F64 x) { return {_mm256_min_pd(bound.v, x.v)}; }
+  FUSEDSEP_INLINE static Avx2F64 select_above(Avx2F64 a, Avx2F64 b, Avx2F64 yes, Avx2F64 no) {
+    return {_mm256_blendv_pd(no.v, yes.v, _mm256_cmp_pd(a.v, b.v, _CMP_NLE_UQ))};
+  }
+
+  FUSEDSEP_INLINE void accumulate(double* sums) const {
+    _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), v));
+  }
+  FUSEDSEP_INLINE static void transpose(Avx2F64 rows[4]) {
+    const __m256d a = _mm256_unpacklo_pd(rows[0].v, rows[1].v), b = _mm256_unpackhi_pd(rows[0].v, rows[1].v);
+    const __m256d c = _mm256_unpacklo_pd(rows[2].v, rows[3].v), d = _mm256_unpackhi_pd(rows[2].v, rows[3].v);
+    rows[0].v = _mm256_permute2f128_pd(a, c, 0x20);
+    rows[1].v = _mm256_permute2f128_pd(b, d, 0x20);
+    rows[2].v = _mm256_permute2f128_pd(a, c, 0x31);
+    rows[3].v = _mm256_permute2f128_pd(b, d, 0x31);
+  }
 
  private:
   FUSEDSEP_INLINE static Avx2F64 interleave(Avx2F64 low, Avx2F64 high) {

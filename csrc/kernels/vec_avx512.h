@@ -48,10 +48,48 @@ struct Avx512F32 {
     return {_mm512_fmadd_ps(a.v, b.v, c.v)};
   }
   FUSEDSEP_INLINE static Avx512F32 add(Avx512F32 a, Avx512F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+  FUSEDSEP_INLINE static Avx512F32 sub(Avx512F32 a, Avx512F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
   FUSEDSEP_INLINE static Avx512F32 mul(Avx512F32 a, Avx512F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
   // VMAXPS and VMINPS return their second operand when either is NaN.
   FUSEDSEP_INLINE static Avx512F32 max(Avx512F32 bound, Avx512F32 x) { return {_mm512_max_ps(bound.v, x.v)}; }
   FUSEDSEP_INLINE static Avx512F32 min(Avx512F32 bound, Avx512F32 x) { return {_mm512_min_ps(bound.v, x.v)}; }
+  FUSEDSEP_INLINE static Avx512F32 select_above(Avx512F32 a, Avx512F32 b, Avx512F32 yes, Avx512F32 no) {
+    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ), no.v, yes.v)};
+  }
+
+  FUSEDSEP_INLINE void accumulate(double* sums) const {
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+    const __m512d high = _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
+    _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), low));
+    _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), high));
+  }
+  // Pairs of rows, then fours, within the 128-bit quarters; then the quarters.
+  FUSEDSEP_INLINE static void transpose(Avx512F32 rows[16]) {
+    __m512 pair[16], quad[16];
+    FUSEDSEP_UNROLL(8)
+    for (int i = 0; i < 16; i += 2) {
+      pair[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
+      pair[i + 1] = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
+    }
+    FUSEDSEP_UNROLL(4)
+    for (int i = 0; i < 16; i += 4) {
+      quad[i] = _mm512_shuffle_ps(pair[i], pair[i + 2], _MM_SHUFFLE(1, 0, 1, 0));
+      quad[i + 1] = _mm512_shuffle_ps(pair[i], pair[i + 2], _MM_SHUFFLE(3, 2, 3, 2));
+      quad[i + 2] = _mm512_shuffle_ps(pair[i + 1], pair[i + 3], _MM_SHUFFLE(1, 0, 1, 0));
+      quad[i + 3] = _mm512_shuffle_ps(pair[i + 1], pair[i + 3], _MM_SHUFFLE(3, 2, 3, 2));
+    }
+    FUSEDSEP_UNROLL(4)
+    for (int i = 0; i < 4; ++i) {
+      const __m512 low_even = _mm512_shuffle_f32x4(quad[i], quad[i + 4], 0x88);
+      const __m512 low_odd = _mm512_shuffle_f32x4(quad[i], quad[i + 4], 0xdd);
+      const __m512 high_even = _mm512_shuffle_f32x4(quad[i + 8], quad[i + 12], 0x88);
+      const __m512 high_odd = _mm512_shuffle_f32x4(quad[i + 8], quad[i + 12], 0xdd);
+      rows[i].v = _mm512_shuffle_f32x4(low_even, high_even, 0x88);
+      rows[i + 4].v = _mm512_shuffle_f32x4(low_odd, high_odd, 0x88);
+      rows[i + 8].v = _mm512_shuffle_f32x4(low_even, high_even, 0xdd);
+      rows[i + 12].v = _mm512_shuffle_f32x4(low_odd, high_odd, 0xdd);
+    }
+  }
 
  private:
   // Even lanes of `low`, then odd lanes of `high`.
@@ -92,9 +130,36 @@ struct Avx512F64 {
     return {_mm512_fmadd_pd(a.v, b.v, c.v)};
   }
   FUSEDSEP_INLINE static Avx512F64 add(Avx512F64 a, Avx512F64 b) { return {_mm512_add_pd(a.v, b.v)}; }
+  FUSEDSEP_INLINE static Avx512F64 sub(Avx512F64 a, Avx512F64 b) { return {_mm512_sub_pd(a.v, b.v)}; }
   FUSEDSEP_INLINE static Avx512F64 mul(Avx512F64 a, Avx512F64 b) { return {_mm512_mul_pd(a.v, b.v)}; }
   FUSEDSEP_INLINE static Avx512F64 max(Avx512F64 bound, Avx512F64 x) { return {_mm512_max_pd(bound.v, x.v)}; }
   FUSEDSEP_INLINE static Avx512F64 min(Avx512F64 bound, Avx512F64 x) { return {_mm512_min_pd(bound.v, x.v)}; }
+  FUSEDSEP_INLINE static Avx512F64 select_above(Avx512F64 a, Avx512F64 b, Avx512F64 yes, Avx512F64 no) {
+    return {_mm512_mask_blend_pd(_mm512_cmp_pd_mask(a.v, b.v, _CMP_NLE_UQ), no.v, yes.v)};
+  }
+
+  FUSEDSEP_INLINE void accumulate(double* sums) const {
+    _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), v));
+  }
+  FUSEDSEP_INLINE static void transpose(Avx512F64 rows[8]) {
+    __m512d pair[8];
+    FUSEDSEP_UNROLL(4)
+    for (int i = 0; i < 8; i += 2) {
+      pair[i] = _mm512_unpacklo_pd(rows[i].v, rows[i + 1].v);
+      pair[i + 1] = _mm512_unpackhi_pd(rows[i].v, rows[i + 1].v);
+    }
+    FUSEDSEP_UNROLL(2)
+    for (int i = 0; i < 2; ++i) {
+      const __m512d low_even = _mm512_shuffle_f64x2(pair[i], pair[i + 2], 0x88);
+      const __m512d low_odd = _mm512_shuffle_f64x2(pair[i], pair[i + 2], 0xdd);
+      const __m512d high_even = _mm512_shuffle_f64x2(pair[i + 4], pair[i + 6], 0x88);
+      const __m512d high_odd = _mm512_shuffle_f64x2(pair[i + 4], pair[i + 6], 0xdd);
+      rows[i].v = _mm512_shuffle_f64x2(low_even, high_even, 0x88);
+      rows[i + 2].v = _mm512_shuffle_f64x2(low_odd, high_odd, 0x88);
+      rows[i + 4].v = _mm512_shuffle_f64x2(low_even, high_even, 0xdd);
+      rows[i + 6].v = _mm512_shuffle_f64x2(low_odd, high_odd, 0xdd);
+    }
+  }
 
  private:
   FUSEDSEP_INLINE static Avx512F64 interleave(Avx512F64 low, Avx512F64 high) {

@@ -80,6 +80,9 @@ struct PortableVec {
   FUSEDSEP_INLINE static PortableVec add(const PortableVec& a, const PortableVec& b) {
     return each([&](int i) { return a.part[i] + b.part[i]; });
   }
+  FUSEDSEP_INLINE static PortableVec sub(const PortableVec& a, const PortableVec& b) {
+    return each([&](int i) { return a.part[i] - b.part[i]; });
+  }
   FUSEDSEP_INLINE static PortableVec mul(const PortableVec& a, const PortableVec& b) {
     return each([&](int i) { return a.part[i] * b.part[i]; });
   }
@@ -89,6 +92,28 @@ struct PortableVec {
   }
   FUSEDSEP_INLINE static PortableVec min(const PortableVec& bound, const PortableVec& x) {
     return each([&](int i) { return x.part[i] > bound.part[i] ? bound.part[i] : x.part[i]; });
+  }
+  // `yes` where a > b or either is NaN, otherwise `no`.
+  FUSEDSEP_INLINE static PortableVec select_above(const PortableVec& a, const PortableVec& b, const PortableVec& yes,
+                                                  const PortableVec& no) {
+    return each([&](int i) { return a.part[i] <= b.part[i] ? no.part[i] : yes.part[i]; });
+  }
+
+  // sums[lane] += lane, for each lane.
+  FUSEDSEP_INLINE void accumulate(double* sums) const {
+    T lanes[kLanes];
+    store(lanes);
+    for (int i = 0; i < kLanes; ++i) sums[i] += double(lanes[i]);
+  }
+
+  // Lane j of rows[i] and lane i of rows[j] change places.
+  FUSEDSEP_INLINE static void transpose(PortableVec rows[kLanes]) {
+    T square[kLanes][kLanes], line[kLanes];
+    for (int i = 0; i < kLanes; ++i) rows[i].store(square[i]);
+    for (int i = 0; i < kLanes; ++i) {
+      for (int j = 0; j < kLanes; ++j) line[j] = square[j][i];
+      rows[i] = load(line);
+    }
   }
 
  private:

@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// Runs the passes of training.h over a batch: tiles, threads, their scratch, and the order in which sums are merged.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "../kernels/training.h"
+#include "run.h"
+
+namespace fusedsep {
+
+// A batch in tiles that do not depend on the number of threads, so that neither do the sums over them.
+template <typename T>
+class TrainingTiles {
+ public:
+  TrainingTiles(const TrainingKernels<T>& kernels, const SeparableParams<T>& conv)
+      : lanes_(kernels.lanes), channels_last_(conv.channels_last), pixels_(conv.out_height * conv.out_width) {
+    // In channels_last the batch is one run of pixels.
+    runs_ = channels_last_ ? 1 : conv.batch;
+    if (channels_last_) pixels_ *= conv.batch;
+    // h and gp of a tile stay in L2 (256 KiB on the smallest processors), but there are enough pixels to read the
+    // weights, which do not, at a profit.
+    constexpr int64_t kTileBytes = 128 * 1024;
+    const int64_t fitting = kTileBytes / ((conv.in_channels + conv.out_channels) * int64_t(sizeof(T)));
+    const int64_t most = std::min(kMaxTilePixels, std::max(fitting, 4 * kernels.tile_rows)) / lanes_ * lanes_;
+    tiles_per_run_ = std::max<int64_t>(1, (pixels_ + most - 1) / most);
+    const int64_t even = (pixels_ + tiles_per_run_ - 1) / tiles_per_run_;
+    size_ = (even + lanes_ - 1) / lanes_ * lanes_;
+    tiles_per_run_ = pixels_ == 0 ? 0 : (pixels_ + size_ - 1) / size_;
+  }
+
+  int64_t count() const { return runs_ * tiles_per_run_; }
+  int64_t most_pixels() const { return size_; }
+  Tile operator[](int64_t i) const {
+    const int64_t begin = i % tiles_per_run_ * size_;
+    return {i / tiles_per_run_, begin, std::min(begin + size_, pixels_)};
+  }
+  // Of a tile, in whole vectors.
+  int64_t padded_pixels(int64_t i) const {
+    const Tile tile = (*this)[i];
+    return (tile.end - tile.begin + lanes_ - 1) / lanes_ * lanes_;
+  }
+
+ private:
+  int64_t lanes_;
+  bool channels_last_;
+  int64_t pixels_, runs_, tiles_per_run_, size_;
+};
+
+// Two sums a channel and tile: [tile][2][padded channels].
+using TileSums = std::vector<double>;
+
+// Mean and biased variance of each channel over all tiles (T. Chan, G. Golub, R. LeVeque, 1983, for more than two
+// parts).
+template <typename T>
+void merge_statistics(const TrainingTiles<T>& tiles, const TileSums& sums, int64_t padded, double* mean,
+                      double* variance) {
+  double count = 0;
+  std::fill(mean, mean + padded, 0.0);
+  std::fill(variance, variance + padded, 0.0);
+  for (int64_t i = 0; i < tiles.count(); ++i) {
+    const Tile tile = tiles[i];
+    const double pixels = double(tile.end - tile.begin);
+    const double* tile_mean = sums.data() + 2 * i * padded;
+    count += pixels;
+    for (int64_t c = 0; c < padded; ++c) mean[c] += pixels * tile_mean[c];
+  }
+  if (count == 0) return;
+  for (int64_t c = 0; c < padded; ++c) mean[c] /= count;
+  for (int64_t i = 0; i < tiles.count(); ++i) {
+    const Tile tile = tiles[i];
+    const double pixels = double(tile.end - tile.begin);
+    const double *tile_mean = sums.data() + 2 * i * padded, *squares = tile_mean + padded;
+    for (int64_t c = 0; c < padded; ++c) {
+      const double apart = tile_mean[c] - mean[c];
+      variance[c] += squares[c] + pixels * apart * apart;
+    }
+  }
+  for (int64_t c = 0; c < padded; ++c) variance[c] /= count;
+}
+
+// The two sums of each channel over all tiles.
+template <typename T>
+void merge_sums(const TrainingTiles<T>& tiles, const TileSums& sums, int64_t padded, double* first, double* second) {
+  std::fill(first, first + padded, 0.0);
+  std::fill(second, second + padded, 0.0);
+  for (int64_t i = 0; i < tiles.count(); ++i) {
+    const double* tile = sums.data() + 2 * i * padded;
+    for (int64_t c = 0; c < padded; ++c) first[c] += tile[c];
+    for (int64_t c = 0; c < padded; ++c) second[c] += tile[padded + c];
+  }
+}
+
+// The passes over one batch. `parallel_for` is that of run.h.
+template <typename T, class ParallelFor>
+class TrainingRun {
+ public:
+  TrainingRun(const TrainingKernels<T>& kernels, const TrainingParams<T>& params, int64_t threads,
+              const ParallelFor& parallel_for)
+      : params(params),
+        kernels_(kernels),
+        tiles_(kernels, params.conv),
+        threads_(threads),
+        parallel_for_(parallel_for) {}
+
+  TrainingParams<T> params;
+
+  // Packs the weights of params.conv: for the forward passes, or `transposed` for the backward ones.
+  void pack(const T* depthwise_weight, const T* pointwise_weight, bool transposed) {
+    static thread_local Workspace workspace;
+    const SeparableParams<T>& conv = params.conv;
+    const int64_t size = kernels_.packed_size(conv.in_channels, conv.out_channels, conv.channels_last, transposed);
+    T* packed = static_cast<T*>(workspace.get(size_t(size) * sizeof(T)));
+    kernels_.pack(depthwise_weight, pointwise_weight, conv.in_channels, conv.out_channels, conv.channels_last,
+                  transposed, packed);
+    params.conv.packed = packed;
+  }
+
+  // Mean and biased variance of d; arrays of padded channels.
+  void depthwise_statistics(double* mean, double* variance) {
+    const int64_t padded = kernels_.padded_channels(params.conv.in_channels);
+    TileSums sums(size_t(2 * padded * tiles_.count()));
+    for_each_tile([&](int64_t i, T* scratch) {
+      kernels_.depthwise_statistics(params, tiles_[i], scratch, sums.data() + 2 * i * padded);
+    });
+    merge_statistics(tiles_, sums, padded, mean, variance);
+  }
+
+  // p, and its mean and biased variance unless `mean` is null.
+  void forward(double* mean, double* variance) {
+    const int64_t padded = kernels_.padded_channels(params.conv.out_channels);
+    TileSums sums(mean == nullptr ? 0 : size_t(2 * padded * tiles_.count()));
+    for_each_tile([&](int64_t i, T* scratch) {
+      kernels_.forward(params, tiles_[i], scratch, mean == nullptr ? nullptr : sums.data() + 2 * i * padded);
+    });
+    if (mean != nullptr) merge_statistics(tiles_, sums, padded, mean, variance);
+  }
+
+  void normalize() {
+    for_each_tile([&](int64_t i, T*) { kernels_.normalize(params, tiles_[i]); });
+  }
+
+  // S1 and S2.
+  void normalize_backward_reduce(double* sum, double* moment) {
+    const int64_t padded = kernels_.padded_channels(params.conv.out_channels);
+    TileSums sums(size_t(2 * padded * tiles_.count()));
+    for_each_tile(
+        [&](int64_t i, T*) { kernels_.normalize_backward_reduce(params, tiles_[i], sums.data() + 2 * i * padded); });
+    merge_sums(tiles_, sums, padded, sum, moment);
+  }
+
+  // g1, T1 and T2 unless `sum` is null; the weight gradient unless `grad_weight` is null.
+  void pointwise_backward(double* sum, double* moment, T* grad_weight) {
+    static thread_local Workspace workspace;
+    const int64_t in_channels = params.conv.in_channels, out_channels = params.conv.out_channels;
+    const int64_t padded = kernels_.padded_channels(in_channels), tiles = tiles_.count();
+    TileSums sums(sum == nullptr ? 0 : size_t(2 * padded * tiles));
+    WeightGradient<T> gradient{nullptr, nullptr, 0, grad_weight, false};
+    if (grad_weight != nullptr) {
+      int64_t rows, columns;
+      kernels_.weight_gradient_sizes(in_channels, out_channels, kGroup * tiles_.most_pixels(), &rows, &columns);
+      rows = (rows + 15) / 16 * 16;
+      gradient.rows = static_cast<T*>(workspace.get(size_t(rows + columns) * sizeof(T)));
+      gradient.columns = gradient.rows + rows;
+      if (tiles == 0) std::fill(grad_weight, grad_weight + in_channels * out_channels, T(0));
+    }
+    const int64_t blocks = kernels_.weight_gradient_blocks(out_channels);
+    for (int64_t begin = 0; begin < tiles; begin += kGroup) {
+      const int64_t end = std::min(begin + kGroup, tiles);
+      int64_t offset[kGroup];
+      gradient.depth = 0;
+      for (int64_t i = begin; i < end; ++i) {
+        offset[i - begin] = gradient.depth;
+        gradient.depth += tiles_.padded_pixels(i);
+      }
+      for_each(begin, end, [&](int64_t i, T* scratch) {
+        kernels_.pointwise_backward(params, tiles_[i], scratch, sum == nullptr ? nullptr : sums.data() + 2 * i * padded,
+                                    grad_weight == nullptr ? nullptr : &gradient, offset[i - begin]);
+      });
+      if (grad_weight == nullptr) continue;
+      parallel_for_(blocks,
+                    [&](int64_t first, int64_t last) { kernels_.weight_gradient(params, gradient, first, last); });
+      gradient.accumulate = true;
+    }
+    if (sum != nullptr) merge_sums(tiles_, sums, padded, sum, moment);
+  }
+
+  // grad_x where params has it; the weight gradient [in_channels][9] unless it is null.
+  void depthwise_backward(T* grad_weight) {
+    static thread_local Workspace workspace;
+    const SeparableParams<T>& conv = params.conv;
+    const int64_t channels = conv.in_channels, padded = kernels_.padded_channels(channels);
+    const int64_t step = kernels_.depthwise_backward_channels(conv.channels_last);
+    const int64_t jobs_per_image = (channels + step - 1) / step, jobs = conv.batch * jobs_per_image;
+    std::vector<double> sums(grad_weight == nullptr ? 0 : size_t(conv.batch * 9 * padded));
+    const int64_t scratch_size = (kernels_.depthwise_backward_scratch_size(params) + 15) / 16 * 16;
+    const int64_t workers = std::min(jobs, threads_);
+    T* const scratch = static_cast<T*>(workspace.get(size_t(workers * scratch_size) * sizeof(T)));
+    parallel_for_(workers, [&](int64_t first, int64_t last) {
+      for (int64_t worker = first; worker < last; ++worker) {
+        for (int64_t job = worker * jobs / workers; job < (worker + 1) * jobs / workers; ++job) {
+          const int64_t image = job / jobs_per_image, begin = job % jobs_per_image * step;
+          kernels_.depthwise_backward(params, image, begin, std::min(begin + step, channels),
+                                      scratch + worker * scratch_size,
+                                      grad_weight == nullptr ? nullptr : sums.data() + image * 9 * padded);
+        }
+      }
+    });
+    if (grad_weight == nullptr) return;
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t t = 0; t < 9; ++t) {
+        double sum = 0;
+        for (int64_t image = 0; image < conv.batch; ++image) sum += sums[size_t((image * 9 + t) * padded + c)];
+        grad_weight[9 * c + t] = T(sum);
+      }
+    }
+  }
+
+ private:
+  // Tiles whose operands of the weight gradient are formed side by side, before the product takes them all.
+  static constexpr int64_t kGroup = 8;
+
+  template <class F>
+  void for_each_tile(const F& f) {
+    for_each(0, tiles_.count(), f);
+  }
+
+  // f(tile, scratch) for tiles [begin, end).
+  template <class F>
+  void for_each(int64_t begin, int64_t end, const F& f) {
+    static thread_local Workspace workspace;
+    const int64_t jobs = end - begin, workers = std::min(jobs, threads_);
+    if (jobs == 0) return;
+    const SeparableParams<T>& conv = params.conv;
+    const int64_t size =
+        (kernels_.scratch_size(conv.in_channels, conv.out_channels, tiles_.most_pixels(), conv.channels_last) + 15) /
+        16 * 16;
+    T* const scratch = static_cast<T*>(workspace.get(size_t(workers * size) * sizeof(T)));
+    parallel_for_(workers, [&](int64_t first, int64_t last) {
+      for (int64_t worker = first; worker < last; ++worker) {
+        for (int64_t job = worker * jobs / workers; job < (worker + 1) * jobs / workers; ++job) {
+          f(begin + job, scratch + worker * size);
+        }
+      }
+    });
+  }
+
+  const TrainingKernels<T>& kernels_;
+  TrainingTiles<T> tiles_;
+  int64_t threads_;
+  const ParallelFor& parallel_for_;
+};
+
+}  // namespace fusedsep

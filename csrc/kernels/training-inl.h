@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// The forward passes of training.h, and the packing of weights for both directions.
+#pragma once
+
+#include "depthwise-inl.h"
+#include "pointwise-inl.h"
+#include "strips-inl.h"
+#include "training.h"
+
+namespace fusedsep {
+namespace {
+
+// Sections of weights packed for training, in elements from the start: the depthwise taps as separable.h packs them,
+// with a zero bias; the same in reverse order, for the transposed convolution; the matrix of the product.
+template <class V>
+struct TrainingLayout {
+  int64_t depthwise = 0, reversed, pointwise, size;
+
+  TrainingLayout(int64_t in_channels, int64_t out_channels, bool channels_last, bool transposed) {
+    constexpr int64_t kLine = 64 / int64_t(sizeof(typename V::T)), L = V::kLanes;
+    const int64_t depth = transposed ? out_channels : in_channels, results = transposed ? in_channels : out_channels;
+    reversed = round_up(10 * round_up(in_channels, L), kLine);
+    pointwise = 2 * reversed;
+    size = pointwise + (channels_last ? depth * round_up(results, L) : round_up(depth, L) * results);
+  }
+};
+
+// Operand of a product with `results` results and `depth` terms each, of the matrix m[r * r_pitch + k * k_pitch].
+template <class V>
+void pack_columns(const typename V::T* m, int64_t r_pitch, int64_t k_pitch, int64_t results, int64_t depth,
+                  typename V::T* out) {
+  for (int64_t q = 0; q < results; q += Tiling<V>::kTileColumns) {
+    const int64_t count = min_of(Tiling<V>::kTileColumns, results - q), width = round_up(count, V::kLanes);
+    typename V::T* panel = out + q * depth;
+    for (int64_t k = 0; k < depth; ++k) {
+      for (int64_t n = 0; n < count; ++n) panel[k * width + n] = m[(q + n) * r_pitch + k * k_pitch];
+      for (int64_t n = count; n < width; ++n) panel[k * width + n] = 0;
+    }
+  }
+}
+
+template <class V>
+void pack_rows(const typename V::T* m, int64_t r_pitch, int64_t k_pitch, int64_t results, int64_t depth,
+               typename V::T* out) {
+  constexpr int64_t L = V::kLanes;
+  const int64_t padded = round_up(depth, L), blocks = block_count(results, Tiling<V>::kTileRows);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const Block block = block_at(results, blocks, b);
+    typename V::T* row = out + block.begin * padded;
+    for (int64_t k = 0; k < padded; k += L) {
+      for (int64_t r = 0; r < block.size; ++r, row += L) {
+        const typename V::T* source = m + (block.begin + r) * r_pitch + k * k_pitch;
+        const int64_t count = min_of(L, depth - k);
+        for (int64_t i = 0; i < count; ++i) row[i] = source[i * k_pitch];
+        for (int64_t i = count; i < L; ++i) row[i] = 0;
+      }
+    }
+  }
+}
+
+template <class V>
+void pack_training(const typename V::T* depthwise_weight, const typename V::T* pointwise_weight, int64_t in_channels,
+                   int64_t out_channels, bool channels_last, bool transposed, typename V::T* packed) {
+  const TrainingLayout<V> layout(in_channels, out_channels, channels_last, transposed);
+  const int64_t lanes = channels_last ? V::kLanes : 1;
+  for (int64_t i = 0; i < layout.pointwise; ++i) packed[i] = 0;
+  for (int64_t c = 0; c < in_channels; ++c) {
+    typename V::T* channel = packed + c / lanes * lanes * 10 + c % lanes;
+    for (int t = 0; t < 9; ++t) {
+      channel[layout.depthwise + (1 + t) * lanes] = depthwise_weight[9 * c + t];
+      channel[layout.reversed + (1 + t) * lanes] = depthwise_weight[9 * c + 8 - t];
+    }
+  }
+  const int64_t results = transposed ? in_channels : out_channels, depth = transposed ? out_channels : in_channels;
+  const int64_t r_pitch = transposed ? 1 : in_channels, k_pitch = transposed ? in_channels : 1;
+  const auto pack = channels_last ? pack_columns<V> : pack_rows<V>;
+  pack(pointwise_weight, r_pitch, k_pitch, results, depth, packed + layout.pointwise);
+}
+
+template <class V>
+int64_t training_packed_size(int64_t in_channels, int64_t out_channels, bool channels_last, bool transposed) {
+  return TrainingLayout<V>(in_channels, out_channels, channels_last, transposed).size;
+}
+
+// Sections of the scratch of a tile: d or h as an operand of the product, gp as another, the means of the channels.
+template <class V>
+struct ScratchLayout {
+  int64_t h = 0, gp, means, size;
+
+  ScratchLayout(int64_t in_channels, int64_t out_channels, int64_t pixels, bool channels_last) {
+    constexpr int64_t L = V::kLanes;
+    const auto operand = [&](int64_t channels) {
+      return round_up(channels_last ? pixels * round_up(channels, L) : round_up(pixels, L) * channels, 16);
+    };
+    gp = h + operand(in_channels);
+    means = gp + operand(out_channels);
+    size = means + round_up(max_of(in_channels, out_channels), 16);
+  }
+  ScratchLayout(const SeparableParams<typename V::T>& conv, const Tile& tile)
+      : ScratchLayout(conv.in_channels, conv.out_channels, tile.end - tile.begin, conv.channels_last) {}
+};
+
+template <class V>
+int64_t training_scratch_size(int64_t in_channels, int64_t out_channels, int64_t pixels, bool channels_last) {
+  return ScratchLayout<V>(in_channels, out_channels, pixels, channels_last).size;
+}
+
+// The affine map of a strip's channels.
+template <class V, bool kChannelsLast>
+struct StripAffine {
+  V center, scale, shift;
+
+  FUSEDSEP_INLINE StripAffine(const Affine<typename V::T>& affine, const Strip& strip)
+      : center(of_channels<V, kChannelsLast>(affine.center, strip)),
+        scale(of_channels<V, kChannelsLast>(affine.scale, strip)),
+        shift(of_channels<V, kChannelsLast>(affine.shift, strip)) {}
+  FUSEDSEP_INLINE V operator()(const V& v) const { return V::fma(V::sub(v, center), scale, shift); }
+};
+
+// Where a map of `channels` channels has the tile, and its pitch for in_map().
+template <bool kChannelsLast, typename T>
+FUSEDSEP_INLINE T* tile_of_map(T* map, const SeparableParams<std::remove_const_t<T>>& conv, const Tile& tile,
+                               int64_t channels) {
+  const int64_t pixels = conv.out_height * conv.out_width;
+  T* image = map + tile.image * pixels * channels;
+  return kChannelsLast ? image + tile.begin * channels : image + tile.begin;
+}
+template <bool kChannelsLast, typename T>
+FUSEDSEP_INLINE int64_t map_pitch(const SeparableParams<T>& conv, int64_t channels) {
+  return kChannelsLast ? channels : conv.out_height * conv.out_width;
+}
+
+// Strips that lie in maps alone are as long as they may be; those of operands end with a panel.
+template <class V>
+constexpr int64_t kOperandStrip = Tiling<V>::kTileVectors;
+
+template <class V>
+void raw_depthwise(const SeparableParams<typename V::T>& conv, const Tile& tile, typename V::T* d) {
+  if (conv.channels_last) {
+    depthwise_channels_last<V>(conv, tile, 0, conv.in_channels, d);
+  } else if (conv.stride == 1) {
+    depthwise_nchw<V, 1>(conv, tile, 0, conv.in_channels, d);
+  } else {
+    depthwise_nchw<V, 2>(conv, tile, 0, conv.in_channels, d);
+  }
+}
+
+template <class V, bool kChannelsLast>
+void depthwise_statistics(const TrainingParams<typename V::T>& p, const Tile& tile, typename V::T* scratch,
+                          double* sums) {
+  const ScratchLayout<V> layout(p.conv, tile);
+  const int64_t channels = p.conv.in_channels, pixels = tile.end - tile.begin;
+  raw_depthwise<V>(p.conv, tile, scratch + layout.h);
+  tile_statistics<V, kChannelsLast>(
+      channels, pixels, kOperandStrip<V>, round_up(channels, 16), sums, scratch + layout.means,
+      [&](const Strip& strip) { return in_operand<V, kChannelsLast>(scratch + layout.h, channels, pixels, strip); });
+}
+
+template <class V, bool kChannelsLast>
+void forward(const TrainingParams<typename V::T>& p, const Tile& tile, typename V::T* scratch, double* sums) {
+  using T = typename V::T;
+  const ScratchLayout<V> layout(p.conv, tile);
+  const int64_t in_channels = p.conv.in_channels, out_channels = p.conv.out_channels, pixels = tile.end - tile.begin;
+  T* h = scratch + layout.h;
+  raw_depthwise<V>(p.conv, tile, h);
+  for_each_strip<V, kChannelsLast>(in_channels, pixels, kOperandStrip<V>, [&](const Strip& strip) {
+    const auto values = in_operand<V, kChannelsLast>(h, in_channels, pixels, strip);
+    const StripAffine<V, kChannelsLast> affine(p.affine1, strip);
+    for (int64_t i = 0; i < strip.count; ++i) {
+      activate(p.activation, affine(V::load(values.at(i)))).store(values.at(i));
+    }
+  });
+
+  T* out = tile_of_map<kChannelsLast>(p.conv.y, p.conv, tile, out_channels);
+  const T* weights = p.conv.packed + TrainingLayout<V>(in_channels, out_channels, kChannelsLast, false).pointwise;
+  const int64_t pitch = map_pitch<kChannelsLast>(p.conv, out_channels);
+  Product<T> product{};
+  product.rows = kChannelsLast ? h : weights;
+  product.columns = kChannelsLast ? weights : h;
+  product.row_count = kChannelsLast ? pixels : out_channels;
+  product.block_end = block_count(product.row_count, Tiling<V>::kTileRows);
+  product.column_end = kChannelsLast ? out_channels : pixels;
+  product.depth = in_channels;
+  product.c = out;
+  product.c_stride = pitch;
+  multiply<V, !kChannelsLast>(product);
+  if (sums == nullptr) return;
+  tile_statistics<V, kChannelsLast>(out_channels, pixels, kStripVectors, round_up(out_channels, 16), sums,
+                                    scratch + layout.means,
+                                    [&](const Strip& strip) { return in_map<V, kChannelsLast>(out, pitch, strip); });
+}
+
+template <class V, bool kChannelsLast>
+void normalize(const TrainingParams<typename V::T>& p, const Tile& tile) {
+  const int64_t channels = p.conv.out_channels, pitch = map_pitch<kChannelsLast>(p.conv, channels);
+  const auto* product = tile_of_map<kChannelsLast>(p.conv.y, p.conv, tile, channels);
+  auto* y = tile_of_map<kChannelsLast>(p.y, p.conv, tile, channels);
+  for_each_strip<V, kChannelsLast>(channels, tile.end - tile.begin, kStripVectors, [&](const Strip& strip) {
+    const auto from = in_map<V, kChannelsLast>(product, pitch, strip), to = in_map<V, kChannelsLast>(y, pitch, strip);
+    const StripAffine<V, kChannelsLast> affine(p.affine2, strip);
+    for (int64_t i = 0; i < strip.count; ++i) {
+      to.store(strip, i, activate(p.pointwise_activation, affine(from.load(strip, i))));
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fusedsep

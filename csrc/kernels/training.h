@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// The passes of training: forward with statistics of the batch, and backward. Indices, layouts and geometry as in
+// separable.h; n counts the values of a channel, batch * out_height * out_width.
+//
+//   d = depthwise convolution of x, without bias       u = (d - center1) * scale1 + shift1     h = act1(u)
+//   p = pointwise product of h, without bias           t = (p - center2) * scale2 + shift2     y = act2(t)
+//
+// BatchNorm is the affine map: with statistics of the batch center = mean(d), scale = gamma / sqrt(var(d) + eps),
+// shift = beta; with fixed ones center = mean - bias; without BN center = -bias, scale = 1, shift = 0.
+//
+//   g2 = gy * act2'(t)                                  S1 = sum g2     S2 = sum g2 * (p - center2)       over n
+//   gp = scale2 * g2 - slope2 * (p - center2) - offset2
+//   gW2[o,c] = sum over n of gp[o] * h[c]               gh[c] = sum over o of W2[o,c] * gp[o]
+//   g1 = gh * act1'(u)                                  T1 = sum g1     T2 = sum g1 * (d - center1)       over n
+//   gd = scale1 * g1 - slope1 * (d - center1) - offset1
+//   gw1[c,u,v] = sum over n of gd * x at the tap        gx = transposed depthwise convolution of gd
+//
+// With statistics of the batch slope = scale * S2 / (n * (var + eps)) and offset = scale * S1 / n (S. Ioffe, C.
+// Szegedy, "Batch Normalization", 2015, section 3); otherwise both are zero. Only p and g1 are ever maps in memory: d
+// and h are computed from x again, tile by tile, and gp and gd exist as tiles alone.
+//
+// Sums      Statistics are formed per tile, around the mean of the tile, and merged by Chan's formula; sums over n are
+//           chains of at most 16 neighbours in T, added up in double. The sums of a tile go to its own place, and the
+//           caller merges them in the order of tiles. Weight gradients of the pointwise convolution add up groups of
+//           tiles in order. None of this depends on the number of threads.
+// Channels  Values a channel (Affine, Correction) and sums (double) lie in arrays of `padded_channels()` elements, zero
+//           behind the last channel.
+// Tiles     Pixels [begin, end) as in separable.h, but in channels_last they may go on into the next images, so that
+//           small maps fill their tiles. `begin` is a multiple of `lanes`.
+#pragma once
+
+#include "separable.h"
+
+namespace fusedsep {
+
+template <typename T>
+struct Affine {
+  const T *center, *scale, *shift;
+};
+
+template <typename T>
+struct Correction {
+  const T *slope, *offset;
+};
+
+template <typename T>
+struct TrainingParams {
+  SeparableParams<T> conv;  // geometry and x; y is the raw product p; packed is what `pack` below wrote; no activations
+  Activation activation, pointwise_activation;
+  Affine<T> affine1, affine2;
+  Correction<T> correction1, correction2;
+  T* y;             // batch maps of out_channels
+  const T* grad_y;  // the same
+  T* g1;            // batch maps of in_channels x out_height x out_width
+  T* grad_x;        // like x; null: not wanted
+};
+
+// Operands of the pointwise weight gradient: gp and h of a group of tiles, side by side, `depth` pixels in all. Tiles
+// begin at multiples of `lanes`; what they leave free is zero.
+template <typename T>
+struct WeightGradient {
+  T* rows;          // gp, as row blocks of output channels
+  T* columns;       // h, as column panels of input channels
+  int64_t depth;    // multiple of `lanes`
+  T* grad_weight;   // [out_channels][in_channels]
+  bool accumulate;  // add to it
+};
+
+template <typename T>
+struct TrainingKernels {
+  int64_t lanes, tile_rows, tile_columns;
+
+  // Elements of an array of values a channel: a multiple of 16, which all lanes divide.
+  static int64_t padded_channels(int64_t channels) { return (channels + 15) / 16 * 16; }
+
+  // Weights for the forward passes, or `transposed` for the backward ones. [in_channels][3][3],
+  // [out_channels][in_channels].
+  int64_t (*packed_size)(int64_t in_channels, int64_t out_channels, bool channels_last, bool transposed);
+  void (*pack)(const T* depthwise_weight, const T* pointwise_weight, int64_t in_channels, int64_t out_channels,
+               bool channels_last, bool transposed, T* packed);
+
+  // Elements of scratch of the passes below for a tile of `pixels`.
+  int64_t (*scratch_size)(int64_t in_channels, int64_t out_channels, int64_t pixels, bool channels_last);
+
+  // Mean and sum of squared differences from it of d over the tile: sums[0][c], sums[1][c].
+  void (*depthwise_statistics)(const TrainingParams<T>& params, const Tile& tile, T* scratch, double* sums);
+  // p of the tile; its mean and squared differences to `sums` unless that is null.
+  void (*forward)(const TrainingParams<T>& params, const Tile& tile, T* scratch, double* sums);
+  // y of the tile, from p.
+  void (*normalize)(const TrainingParams<T>& params, const Tile& tile);
+  // S1 and S2 of the tile, from grad_y and p.
+  void (*normalize_backward_reduce)(const TrainingParams<T>& params, const Tile& tile, double* sums);
+  // g1, T1 and T2 of the tile where `sums` is not null; its operands of the weight gradient, from pixel `offset` on,
+  // where `gradient` is not null.
+  void (*pointwise_backward)(const TrainingParams<T>& params, const Tile& tile, T* scratch, double* sums,
+                             const WeightGradient<T>* gradient, int64_t offset);
+  // Elements of `rows` and `columns`.
+  void (*weight_gradient_sizes)(int64_t in_channels, int64_t out_channels, int64_t depth, int64_t* rows,
+                                int64_t* columns);
+  // Output channels are worked on in blocks; computes blocks [begin, end) of grad_weight.
+  int64_t (*weight_gradient_blocks)(int64_t out_channels);
+  void (*weight_gradient)(const TrainingParams<T>& params, const WeightGradient<T>& gradient, int64_t begin,
+                          int64_t end);
+
+  // Channels of one job of depthwise_backward: a multiple of `lanes` in channels_last, one in NCHW.
+  int64_t (*depthwise_backward_channels)(bool channels_last);
+  int64_t (*depthwise_backward_scratch_size)(const TrainingParams<T>& params);
+  // grad_x of channels [begin, end) of one image, and sums[3 * u + v][c], the depthwise weight gradient, where `sums`
+  // is not null. From g1, x and correction1.
+  void (*depthwise_backward)(const TrainingParams<T>& params, int64_t image, int64_t begin, int64_t end, T* scratch,
+                             double* sums);
+};
+
+}  // namespace fusedsep
