@@ -75,12 +75,11 @@ class Norm {
 
   // From the sums of the gradient over `count` values.
   Correction<T> correction(const Channels& sum, const Channels& moment, double count) {
+    if (statistics != Statistics::kBatch || count == 0) return {nullptr, nullptr};
     Channels slope(bias_.size(), 0.0), offset(bias_.size(), 0.0);
-    if (statistics == Statistics::kBatch && count > 0) {
-      for (size_t c = 0; c < size_t(channels_); ++c) {
-        slope[c] = double_scale_[c] * inverse_[c] * inverse_[c] * moment[c] / count;
-        offset[c] = double_scale_[c] * sum[c] / count;
-      }
+    for (size_t c = 0; c < size_t(channels_); ++c) {
+      slope[c] = inverse_[c] * inverse_[c] * moment[c] / count;
+      offset[c] = sum[c] / count;
     }
     slope_ = rounded<T>(slope);
     offset_ = rounded<T>(offset);
@@ -283,6 +282,9 @@ Six separable_conv2d_training(const Tensor& x, const Tensor& dw_weight, const Ve
     auto run = run_of(call.params<T>(x, activation, pointwise_activation));
     run.params.conv.y = p.mutable_data_ptr<T>();
     run.params.y = y.mutable_data_ptr<T>();
+    const bool keep_d = norm1.statistics == Statistics::kBatch;  // two passes want it
+    Tensor d = keep_d ? empty_map(call.hidden_sizes(), channels_last, dtype) : nothing(dtype);
+    run.params.d = keep_d ? d.mutable_data_ptr<T>() : nullptr;
     run.pack(dw_weight.const_data_ptr<T>(), pw_weight.const_data_ptr<T>(), false);
 
     const auto [mean1, var1] =
@@ -416,6 +418,10 @@ Affine<T> affine_of(const std::vector<std::vector<T>>& rows) {
 }
 template <typename T>
 Correction<T> correction_of(const std::vector<std::vector<T>>& rows) {
+  const auto is_zero = [](const std::vector<T>& row) {
+    return std::all_of(row.begin(), row.end(), [](T value) { return value == 0; });
+  };
+  if (is_zero(rows[0]) && is_zero(rows[1])) return {nullptr, nullptr};
   return {rows[0].data(), rows[1].data()};
 }
 

@@ -112,18 +112,19 @@ void depthwise_backward_channels_last(const TrainingParams<typename V::T>& p, in
     for (int64_t i = 0; i < kept * row_pitch; ++i) rows[i] = 0;
   }
   back.in_channels = group;  // the pitch of pixels in the kept rows
+  const Reach reach(conv), back_reach(back);
   const Block columns[3] = {columns_inside(conv, 0), columns_inside(conv, 1), columns_inside(conv, 2)};
 
   const auto grad_x_row = [&](int64_t i) {
     T* out = p.grad_x + (image * conv.height + i) * conv.width * channels;
-    for (int64_t j = 0; j < conv.width; j += kRows) {
-      const int64_t count = min_of(kRows, conv.width - j);
+    for (int64_t j = 0, count; j < conv.width; j += count) {
+      count = back_reach.run(j, min_of(kRows, conv.width - j));
       Segment<T> segment = segment_at(back, rows, 0, j);
       for (int u = 0; u < 3; ++u) {
         const T* row = row_of_gd(conv, rows, row_pitch, i, u);
         segment.row[u] = row == nullptr ? nullptr : row + segment.first_column * group;
       }
-      const Taps taps = taps_of(segment, count);
+      const Taps taps = back_reach.taps(j);
       for (int64_t c = begin; c < end; c += L) {
         kKernels.table[int(taps)][count - 1](segment, c - begin, all, reversed + 10 * c, line);
         const auto mask = V::mask(0, channels - c);
@@ -135,21 +136,21 @@ void depthwise_backward_channels_last(const TrainingParams<typename V::T>& p, in
   int64_t next = 0;
   for (int64_t i = 0; i < conv.out_height; ++i) {
     T* gd = rows + i % kept * row_pitch;
-    for (int64_t j = 0; j < conv.out_width; j += kRows) {
-      const int64_t count = min_of(kRows, conv.out_width - j);
+    for (int64_t j = 0, count; j < conv.out_width; j += count) {
+      count = reach.run(j, min_of(kRows, conv.out_width - j));
       const Segment<T> segment = segment_at(conv, x, i, j);
-      const Taps taps = taps_of(segment, count);
+      const Taps taps = reach.taps(j);
       for (int64_t c = begin; c < end; c += L) {
         const bool whole = c + L <= channels;
         const auto mask = V::mask(0, channels - c);
         kKernels.table[int(whole ? taps : Taps::kChecked)][count - 1](segment, c, mask, weights + 10 * c, line);
         const V center = V::load(p.affine1.center + c), scale = V::load(p.affine1.scale + c);
-        const V slope = V::load(p.correction1.slope + c), offset = V::load(p.correction1.offset + c);
+        const StripCorrection<V, true> corrected(p.correction1, Strip{c, 0, 0, 0, false});
         for (int64_t m = 0; m < count; ++m) {
-          const T* gradient = g1 + (i * conv.out_width + j + m) * channels + c;
-          const V g = whole ? V::load(gradient) : V::load(gradient, mask);
-          const V correction = V::fma(V::sub(V::load(line + m * L), center), slope, offset);
-          V::sub(V::mul(scale, g), correction).store(gd + (j + m) * conv.stride * group + (c - begin));
+          const T* from = g1 + (i * conv.out_width + j + m) * channels + c;
+          const V g = whole ? V::load(from) : V::load(from, mask);
+          const V gradient = corrected(g, V::sub(V::load(line + m * L), center));
+          V::mul(scale, gradient).store(gd + (j + m) * conv.stride * group + (c - begin));
         }
       }
     }
@@ -235,7 +236,7 @@ void depthwise_backward_nchw(const TrainingParams<typename V::T>& p, int64_t ima
     reversed[t] = V::broadcast(conv.packed[weights_layout.reversed + 10 * channel + 1 + t]);
   }
   const V center = V::broadcast(p.affine1.center[channel]), scale = V::broadcast(p.affine1.scale[channel]);
-  const V slope = V::broadcast(p.correction1.slope[channel]), offset = V::broadcast(p.correction1.offset[channel]);
+  const StripCorrection<V, false> corrected(p.correction1, Strip{channel, 0, 0, 0, false});
   double totals[9][V::kLanes] = {};
 
   const auto grad_x_row = [&](int64_t i) {
@@ -260,9 +261,9 @@ void depthwise_backward_nchw(const TrainingParams<typename V::T>& p, int64_t ima
     for (int64_t j = 0; j < conv.out_width; j += L) {
       const auto mask = V::mask(0, conv.out_width - j);
       const V g = V::load(g1 + i * conv.out_width + j, mask);
-      const V correction = V::fma(V::sub(V::load(line + j), center), slope, offset);
+      const V gradient = corrected(g, V::sub(V::load(line + j), center));
       V::zero().store(gd + j);
-      V::sub(V::mul(scale, g), correction).store(gd + j, mask);
+      V::mul(scale, gradient).store(gd + j, mask);
       if (kStride == 1) V::load(gd + j).store(kept_row + j);
     }
     if (kStride > 1) {

@@ -108,13 +108,24 @@ struct SegmentKernels {
 // that the prefetchers follow, and few enough that what a segment reads (3 rows of up to 16 pixels: 12 KiB) fits L1.
 constexpr int64_t kChannelGroupBytes = 256;
 
-// How the taps of a segment of `count` pixels may be read.
-template <typename T>
-FUSEDSEP_INLINE Taps taps_of(const Segment<T>& segment, int64_t count) {
-  const int64_t last_column = segment.first_column + (count - 1) * segment.stride + 2 * segment.dilation;
-  if (segment.first_column < 0 || last_column >= segment.width) return Taps::kChecked;
-  return segment.stride == 1 && segment.dilation == 1 ? Taps::kUnit : Taps::kInside;
-}
+// How the taps of output columns are read: those from `begin` to `end` find all of them inside the map.
+struct Reach {
+  int64_t begin, end;
+  Taps inside;
+
+  template <typename T>
+  explicit Reach(const SeparableParams<T>& p)
+      : begin(floor_div(p.pad_left + p.stride - 1, p.stride)),
+        end(floor_div(p.width - 1 - 2 * p.dilation + p.pad_left, p.stride) + 1),
+        inside(p.stride == 1 && p.dilation == 1 ? Taps::kUnit : Taps::kInside) {}
+
+  // As many of `count` columns from `j` on as are read in the same way, so that few pay for the checks.
+  FUSEDSEP_INLINE int64_t run(int64_t j, int64_t count) const {
+    if (j < begin) return min_of(count, begin - j);
+    return j < end ? min_of(count, end - j) : count;
+  }
+  FUSEDSEP_INLINE Taps taps(int64_t j) const { return j < begin || j >= end ? Taps::kChecked : inside; }
+};
 
 // The taps of output row `i` from column `j` on.
 template <typename T>
@@ -147,6 +158,7 @@ void depthwise_channels_last(const SeparableParams<typename V::T>& p, const Tile
   const int64_t out_pixels = p.out_height * p.out_width, first = tile.begin % out_pixels;
   const T* weights = p.packed + PackedLayout<V>(channels, p.out_channels, true).depthwise;
   const auto all = V::mask(0, L), tail = V::mask(0, channels % L);
+  const Reach reach(p);
 
   for (int64_t group = channel_begin; group < channel_end; group += kGroup) {
     const int64_t group_end = min_of(group + kGroup, channel_end);
@@ -155,9 +167,9 @@ void depthwise_channels_last(const SeparableParams<typename V::T>& p, const Tile
     for (int64_t b = 0; b < blocks; ++b) {
       const Block block = block_at(pixels, blocks, b);
       for (int64_t done = 0; done < block.size;) {
-        const int64_t count = min_of(block.size - done, p.out_width - j);
+        const int64_t count = reach.run(j, min_of(block.size - done, p.out_width - j));
+        const Taps taps = reach.taps(j);
         const Segment<T> segment = segment_at(p, image, i, j);
-        const Taps taps = taps_of(segment, count);
         T* out = scratch + block.begin * padded + done * L;
         for (int64_t c = group; c < group_end; c += L) {
           const bool whole = c + L <= channels;

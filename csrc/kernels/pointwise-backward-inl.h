@@ -82,13 +82,11 @@ void product_gradient(const TrainingParams<typename V::T>& p, const Tile& tile, 
     const auto gradients = in_map<V, kChannelsLast>(grad_y, pitch, strip);
     const auto out = in_operand<V, kChannelsLast>(gp, channels, pixels, strip);
     const StripAffine<V, kChannelsLast> affine(p.affine2, strip);
-    const V slope = of_channels<V, kChannelsLast>(p.correction2.slope, strip);
-    const V offset = of_channels<V, kChannelsLast>(p.correction2.offset, strip);
+    const StripCorrection<V, kChannelsLast> corrected(p.correction2, strip);
     for (int64_t i = 0; i < strip.count; ++i) {
       const V value = values.load(strip, i);
       const V g = activation_gradient(p.pointwise_activation, affine(value), gradients.load(strip, i));
-      const V correction = V::fma(V::sub(value, affine.center), slope, offset);
-      const V gradient = V::sub(V::mul(affine.scale, g), correction);
+      const V gradient = V::mul(affine.scale, corrected(g, V::sub(value, affine.center)));
       counted<V, kChannelsLast>(strip, i, gradient).store(out.at(i));
     }
   });

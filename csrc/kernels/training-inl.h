@@ -118,6 +118,24 @@ struct StripAffine {
   FUSEDSEP_INLINE V operator()(const V& v) const { return V::fma(V::sub(v, center), scale, shift); }
 };
 
+// What the statistics of the batch take from a gradient.
+template <class V, bool kChannelsLast>
+struct StripCorrection {
+  V slope, offset;
+  bool none;
+
+  FUSEDSEP_INLINE StripCorrection(const Correction<typename V::T>& correction, const Strip& strip)
+      : slope(V::zero()), offset(V::zero()), none(correction.slope == nullptr) {
+    if (none) return;
+    slope = of_channels<V, kChannelsLast>(correction.slope, strip);
+    offset = of_channels<V, kChannelsLast>(correction.offset, strip);
+  }
+  // Of the gradient `g` at a value that is `distance` from the center.
+  FUSEDSEP_INLINE V operator()(const V& g, const V& distance) const {
+    return none ? g : V::sub(g, V::fma(distance, slope, offset));
+  }
+};
+
 // Where a map of `channels` channels has the tile, and its pitch for in_map().
 template <bool kChannelsLast, typename T>
 FUSEDSEP_INLINE T* tile_of_map(T* map, const SeparableParams<std::remove_const_t<T>>& conv, const Tile& tile,
@@ -155,6 +173,14 @@ void depthwise_statistics(const TrainingParams<typename V::T>& p, const Tile& ti
   tile_statistics<V, kChannelsLast>(
       channels, pixels, kOperandStrip<V>, round_up(channels, 16), sums, scratch + layout.means,
       [&](const Strip& strip) { return in_operand<V, kChannelsLast>(scratch + layout.h, channels, pixels, strip); });
+  if (p.d == nullptr) return;
+  auto* d = tile_of_map<kChannelsLast>(p.d, p.conv, tile, channels);
+  const int64_t pitch = map_pitch<kChannelsLast>(p.conv, channels);
+  for_each_strip<V, kChannelsLast>(channels, pixels, kOperandStrip<V>, [&](const Strip& strip) {
+    const auto from = in_operand<V, kChannelsLast>(scratch + layout.h, channels, pixels, strip);
+    const auto to = in_map<V, kChannelsLast>(d, pitch, strip);
+    for (int64_t i = 0; i < strip.count; ++i) to.store(strip, i, V::load(from.at(i)));
+  });
 }
 
 template <class V, bool kChannelsLast>
@@ -163,12 +189,15 @@ void forward(const TrainingParams<typename V::T>& p, const Tile& tile, typename 
   const ScratchLayout<V> layout(p.conv, tile);
   const int64_t in_channels = p.conv.in_channels, out_channels = p.conv.out_channels, pixels = tile.end - tile.begin;
   T* h = scratch + layout.h;
-  raw_depthwise<V>(p.conv, tile, h);
+  const T* d = p.d == nullptr ? nullptr : tile_of_map<kChannelsLast>(p.d, p.conv, tile, in_channels);
+  if (d == nullptr) raw_depthwise<V>(p.conv, tile, h);
   for_each_strip<V, kChannelsLast>(in_channels, pixels, kOperandStrip<V>, [&](const Strip& strip) {
-    const auto values = in_operand<V, kChannelsLast>(h, in_channels, pixels, strip);
+    const auto to = in_operand<V, kChannelsLast>(h, in_channels, pixels, strip);
+    const auto from =
+        d == nullptr ? to : in_map<V, kChannelsLast>(d, map_pitch<kChannelsLast>(p.conv, in_channels), strip);
     const StripAffine<V, kChannelsLast> affine(p.affine1, strip);
     for (int64_t i = 0; i < strip.count; ++i) {
-      activate(p.activation, affine(V::load(values.at(i)))).store(values.at(i));
+      activate(p.activation, affine(from.load(strip, i))).store(to.at(i));
     }
   });
 

@@ -10,15 +10,15 @@
 // shift = beta; with fixed ones center = mean - bias; without BN center = -bias, scale = 1, shift = 0.
 //
 //   g2 = gy * act2'(t)                                  S1 = sum g2     S2 = sum g2 * (p - center2)       over n
-//   gp = scale2 * g2 - slope2 * (p - center2) - offset2
+//   gp = scale2 * (g2 - slope2 * (p - center2) - offset2)
 //   gW2[o,c] = sum over n of gp[o] * h[c]               gh[c] = sum over o of W2[o,c] * gp[o]
 //   g1 = gh * act1'(u)                                  T1 = sum g1     T2 = sum g1 * (d - center1)       over n
-//   gd = scale1 * g1 - slope1 * (d - center1) - offset1
+//   gd = scale1 * (g1 - slope1 * (d - center1) - offset1)
 //   gw1[c,u,v] = sum over n of gd * x at the tap        gx = transposed depthwise convolution of gd
 //
-// With statistics of the batch slope = scale * S2 / (n * (var + eps)) and offset = scale * S1 / n (S. Ioffe, C.
-// Szegedy, "Batch Normalization", 2015, section 3); otherwise both are zero. Only p and g1 are ever maps in memory: d
-// and h are computed from x again, tile by tile, and gp and gd exist as tiles alone.
+// With statistics of the batch slope = S2 / (n * (var + eps)) and offset = S1 / n (S. Ioffe, C. Szegedy,
+// "Batch Normalization", 2015, section 3); otherwise both are zero. In the backward only p and g1 are maps in memory: d
+// is computed from x again, which is read anyway, and h, gp and gd are tiles alone.
 //
 // Sums      Statistics are formed per tile, around the mean of the tile, and merged by Chan's formula; sums over n are
 //           chains of at most 16 neighbours in T, added up in double. The sums of a tile go to its own place, and the
@@ -39,6 +39,7 @@ struct Affine {
   const T *center, *scale, *shift;
 };
 
+// Null pointers where both are zero, so that infinite values do not reach a gradient that they have no part in.
 template <typename T>
 struct Correction {
   const T *slope, *offset;
@@ -53,6 +54,7 @@ struct TrainingParams {
   T* y;             // batch maps of out_channels
   const T* grad_y;  // the same
   T* g1;            // batch maps of in_channels x out_height x out_width
+  T* d;             // the same: left by depthwise_statistics, read by forward; null: computed again
   T* grad_x;        // like x; null: not wanted
 };
 
@@ -83,16 +85,16 @@ struct TrainingKernels {
   // Elements of scratch of the passes below for a tile of `pixels`.
   int64_t (*scratch_size)(int64_t in_channels, int64_t out_channels, int64_t pixels, bool channels_last);
 
-  // Mean and sum of squared differences from it of d over the tile: sums[0][c], sums[1][c].
+  // Mean and sum of squared differences from it of d over the tile: sums[0][c], sums[1][c]. Leaves d.
   void (*depthwise_statistics)(const TrainingParams<T>& params, const Tile& tile, T* scratch, double* sums);
-  // p of the tile; its mean and squared differences to `sums` unless that is null.
+  // p of the tile; its mean and squared differences to `sums` unless that is null. Reads d.
   void (*forward)(const TrainingParams<T>& params, const Tile& tile, T* scratch, double* sums);
   // y of the tile, from p.
   void (*normalize)(const TrainingParams<T>& params, const Tile& tile);
   // S1 and S2 of the tile, from grad_y and p.
   void (*normalize_backward_reduce)(const TrainingParams<T>& params, const Tile& tile, double* sums);
-  // g1, T1 and T2 of the tile where `sums` is not null; its operands of the weight gradient, from pixel `offset` on,
-  // where `gradient` is not null.
+  // g1, T1 and T2 of the tile where `sums` is not null; its operands of the weight gradient, from pixel
+  // `offset` on, where `gradient` is not null.
   void (*pointwise_backward)(const TrainingParams<T>& params, const Tile& tile, T* scratch, double* sums,
                              const WeightGradient<T>* gradient, int64_t offset);
   // Elements of `rows` and `columns`.
