@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 #: Name -> code in ``csrc/kernels/separable.h`` (``enum class Activation``).
 ACTIVATION_CODES: dict[str, int] = {"none": 0, "relu": 1, "relu6": 2, "hardswish": 3}
+#: Code -> name.
+ACTIVATION_NAMES = {code: name for name, code in ACTIVATION_CODES.items()}
 
 _FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "none": lambda x: x,

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
@@ -24,6 +26,16 @@ def forward_ad_is_active() -> bool:
 def dispatch_mode_is_active() -> bool:
     """Inside a ``TorchDispatchMode``: ``FakeTensorMode``, ``FlopCounterMode``, ``make_fx`` and whatever users write."""
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+def below_autograd() -> AbstractContextManager[object]:
+    """Inside it, operators run as if no gradient were wanted, whatever their arguments and the grad mode are."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def has_saved_tensors_hooks() -> bool:
+    """Inside ``torch.autograd.graph.saved_tensors_hooks``, ``torch.utils.checkpoint`` or another user of them."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def has_global_hooks() -> bool:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from . import _kernel_path
 from ._activations import apply_activation
+from ._checks import check_input, checked_pads
 from ._fold import fold
 from ._padding import NO_PADS, Pads, convolution_pads, pad_map
 from ._separable import SeparableConv
@@ -81,12 +82,12 @@ class FrozenSeparable(nn.Module):
                 pw_bias,
                 self.stride,
                 self.dilation,
-                _kernel_path.checked_pads(*geometry, *x.shape[-2:]),
+                checked_pads(*geometry, *x.shape[-2:]),
                 self.activation,
                 self.pointwise_activation,
                 self._cache,
             )
-        _kernel_path.check_input(x, dw_weight, *geometry, batch_statistics=False)
+        check_input(x, dw_weight, *geometry, batch_statistics=False)
         x = pad_map(x, self.pre_pad, self.stride, self.dilation)
         h = F.conv2d(F.pad(x, self.padding), dw_weight, dw_bias, self.stride, 0, self.dilation, dw_weight.shape[0])
         y = F.conv2d(apply_activation(self.activation, h), pw_weight, pw_bias)

@@ -7,21 +7,23 @@ run at every call, so they are ordered by what fails most often and written for 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import _C, _compat, _ops
+from . import _C, _compat, _ops, _sync, _training
 from ._activations import ACTIVATION_CODES
+from ._checks import check_values_per_channel, checked_pads
 from ._fold import scale_and_shift_tensors
-from ._padding import NO_PADS, Pads, convolution_pads, output_size, resolve_padding
+from ._ops import BATCH_STATISTICS, FIXED_STATISTICS, NO_NORM, Operands, Settings
+from ._padding import NO_PADS, Pads, convolution_pads
 
 if TYPE_CHECKING:
     from ._separable import SeparableConv
+    from .functional import BatchNorm
 
 #: Depthwise convolution, its BN, pointwise convolution, its BN.
 Modules = tuple[nn.Conv2d, _BatchNorm | None, nn.Conv2d, _BatchNorm | None]
@@ -54,11 +56,8 @@ class PackedCache:
 
 def covered_tensors(
     site: SeparableConv, x: torch.Tensor, dw: nn.Conv2d, bn1: _BatchNorm | None, pw: nn.Conv2d, bn2: _BatchNorm | None
-) -> Sequence[torch.Tensor | None] | None:
-    """What ``site`` depends on besides ``x``, if the kernels may run it: fixed statistics, plain modules, no hooks.
-
-    Weight and bias of either convolution, then weight, bias, running mean and variance of each BN.
-    """
+) -> Operands | None:
+    """What ``site`` depends on besides ``x``, if the kernels may run it: plain modules, no hooks."""
     if (
         _covers(x)
         and x.dim() in (3, 4)
@@ -67,17 +66,21 @@ def covered_tensors(
         and (_compat.is_plain_convolution(dw) or _pads_itself(site, dw))
         and _compat.is_plain_convolution(pw)
         and not (_compat.has_hooks(dw) or _compat.has_hooks(pw))
-        and (bn1 is None or _is_fixed(site, bn1))
-        and (bn2 is None or _is_fixed(site, bn2))
+        and (bn1 is None or _covers_norm(site, bn1))
+        and (bn2 is None or _covers_norm(site, bn2))
+        and (x.numel() > 0 or _covers_empty_batch(bn1, bn2))
         and not _compat.has_global_hooks()
     ):
-        tensors = (*_weight_and_bias(dw), *_weight_and_bias(pw))
-        for bn in (bn1, bn2):
-            if bn is not None:
-                tensors += (*_weight_and_bias(bn), bn._buffers["running_mean"], bn._buffers["running_var"])
-        if _are_readable(x.dtype, tensors):
-            return tensors
+        operands = Operands(*_weight_and_bias(dw), *_norm_tensors(bn1), *_weight_and_bias(pw), *_norm_tensors(bn2))
+        if _are_readable(x.dtype, operands):
+            return operands
     return None
+
+
+def _norm_tensors(bn: _BatchNorm | None) -> tuple[torch.Tensor | None, ...]:
+    if bn is None:
+        return None, None, None, None
+    return *_weight_and_bias(bn), bn._buffers["running_mean"], bn._buffers["running_var"]
 
 
 def _weight_and_bias(module: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -88,18 +91,28 @@ def _weight_and_bias(module: nn.Module) -> tuple[torch.Tensor | None, torch.Tens
 
 
 def applies_to_tensors(x: torch.Tensor, *tensors: torch.Tensor | None) -> bool:
-    """Whether :func:`run_folded` may run.
+    """Whether :func:`run_folded` may run; ``tensors`` as for :func:`covers_tensors`."""
+    return covers_tensors(x, *tensors) and not wants_gradient(x, tensors)
+
+
+def covers_tensors(x: torch.Tensor, *tensors: torch.Tensor | None) -> bool:
+    """Whether the kernels may run on these tensors.
 
     ``tensors`` are the depthwise weight, then the other weights, biases and BN tensors, ``None`` where absent.
     """
-    if not (_covers(x) and x.dim() in (3, 4) and _are_readable(x.dtype, tensors)):
-        return False
-    if x.shape[-3] != tensors[0].shape[0]:
-        return False
-    return not (
-        torch.is_grad_enabled()
-        and (x.requires_grad or any(tensor is not None and tensor.requires_grad for tensor in tensors))
+    return _covers(x) and x.dim() in (3, 4) and _are_readable(x.dtype, tensors) and x.shape[-3] == tensors[0].shape[0]
+
+
+def wants_gradient(x: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Whether autograd is to differentiate by any of them."""
+    return torch.is_grad_enabled() and (
+        x.requires_grad or any(tensor is not None and tensor.requires_grad for tensor in tensors)
     )
+
+
+def uses_batch_statistics(bn: _BatchNorm) -> bool:
+    """Whether ``bn`` normalizes with the statistics of the batch."""
+    return bn.training or bn._buffers.get("running_mean") is None
 
 
 def _covers(x: torch.Tensor) -> bool:
@@ -108,12 +121,12 @@ def _covers(x: torch.Tensor) -> bool:
         and x.dtype in _DTYPES
         and x.is_cpu
         and x.layout is torch.strided
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()
         and not _compat.functorch_is_active()
         and not _compat.forward_ad_is_active()
-        and not _compat.dispatch_mode_is_active()
+        # An exported program is to run, and to be translated, where this package is not.
+        and not (torch.compiler.is_exporting() if torch.compiler.is_compiling() else _compat.dispatch_mode_is_active())
     )
 
 
@@ -129,108 +142,37 @@ def _pads_itself(site: SeparableConv, dw: nn.Conv2d) -> bool:
     return type(dw) is site.self_padding_class and not _compat.is_patched_convolution(dw)
 
 
-def _is_fixed(site: SeparableConv, bn: _BatchNorm) -> bool:
-    """A BN in eval mode with running statistics: a scale and a shift that do not depend on the batch."""
-    return (
-        not bn.training
-        and bn._buffers.get("running_mean") is not None
-        and type(bn).forward in site.norm_forwards
-        and "forward" not in bn.__dict__  # a function put on the instance
-        and not _compat.has_hooks(bn)
+def _covers_norm(site: SeparableConv, bn: _BatchNorm) -> bool:
+    if uses_batch_statistics(bn):
+        covered = type(bn).forward in site.training_norm_forwards
+    else:
+        covered = type(bn).forward in site.norm_forwards
+    return covered and "forward" not in bn.__dict__ and not _compat.has_hooks(bn)
+
+
+def _covers_empty_batch(*norms: _BatchNorm | None) -> bool:
+    """An empty batch has no statistics, but its process must take part where those of others are asked for."""
+    return any(_sync.process_group(bn) is not None for bn in norms) or not any(
+        bn is not None and uses_batch_statistics(bn) for bn in norms
     )
-
-
-def check_input(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    pre_pad: Pads | Literal["same"],
-    own: object,
-    stride: int,
-    dilation: int,
-    batch_statistics: bool,
-) -> None:
-    """Raise for an ``x`` that no path can run, naming what was wanted and what came.
-
-    ``weight`` is the depthwise one; ``pre_pad`` and ``own`` are those of :func:`checked_pads`.
-    """
-    if isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return  # the modules check for themselves, and a trace must not depend on these comparisons
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-    if x.layout is not torch.strided:
-        raise TypeError(f"x must be a dense tensor, got layout {x.layout}")
-    if x.dim() not in (3, 4):
-        raise ValueError(f"x must have shape [N, C, H, W] or [C, H, W], got {list(x.shape)}")
-    if x.shape[-3] != weight.shape[0]:
-        raise ValueError(f"x must have {weight.shape[0]} channels, got {x.shape[-3]} in shape {list(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
-    if x.device != weight.device:
-        raise ValueError(f"x must be on the device of the weights, {weight.device}, got {x.device}")
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"x must have the dtype of the weights, {weight.dtype}, got {x.dtype}")
-    height, width = x.shape[-2:]
-    pads = checked_pads(pre_pad, own, stride, dilation, height, width)
-    if batch_statistics and x.shape[:-3].numel() == 1:
-        out_height = output_size(height, pads.top, pads.bottom, stride, dilation)
-        out_width = output_size(width, pads.left, pads.right, stride, dilation)
-        if out_height * out_width == 1:
-            raise ValueError(
-                "x must give more than 1 value per channel when training, since BN takes the statistics of the batch; "
-                f"got one image with one output pixel from shape {list(x.shape)}"
-            )
 
 
 # ----------------------------------------------------------------------------------------------------------------- run
 
 
-def run(
-    site: SeparableConv,
-    x: torch.Tensor,
-    tensors: Sequence[torch.Tensor | None],
-    modules: Modules,
-) -> torch.Tensor:
-    """``site`` on ``x`` through the kernels; ``tensors`` are those of :func:`covered_tensors`."""
-    if torch.is_grad_enabled() and (
-        x.requires_grad or any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    ):
-        return _EvalFunction.apply(site, modules, x, *tensors)
-    return _run_without_grad(site, x, tensors, modules)
-
-
-def _run_without_grad(
-    site: SeparableConv,
-    x: torch.Tensor,
-    tensors: Sequence[torch.Tensor | None],
-    modules: Modules,
-) -> torch.Tensor:
-    dw, bn1, pw, bn2 = modules
+def run(site: SeparableConv, x: torch.Tensor, operands: Operands, modules: Modules) -> torch.Tensor:
+    """``site`` on ``x`` through the kernels; ``operands`` are those of :func:`covered_tensors`."""
+    dw, bn1, _, bn2 = modules
     stride, dilation = dw.stride[0], dw.dilation[0]
     pads = checked_pads(site.pre_pad, own_pads(site, dw), stride, dilation, *x.shape[-2:])
-    x, channels_last, unbatched = _dense(x)
-    tensors = [tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
-    fingerprint = (
-        _C.fingerprint([(tensor.data_ptr(), tensor.nbytes) for tensor in tensors if tensor is not None]),
-        None if bn1 is None else bn1.eps,
-        None if bn2 is None else bn2.eps,
-    )
-    key = (_C.active_isa(), channels_last, x.dtype)
-    packed = site.cache.lookup(key, fingerprint)
-    if packed is None:
-        dw_weight, dw_bias, pw_weight, pw_bias = tensors[:4]
-        with torch.no_grad():
-            packed = _ops.pack(
-                dw_weight,
-                *scale_and_shift_tensors(dw_bias, bn1),
-                pw_weight,
-                *scale_and_shift_tensors(pw_bias, bn2),
-                channels_last,
-            )
-        site.cache.store(key, fingerprint, packed)
-    y = _ops.separable_conv2d(
-        x,
-        packed,
-        pw.out_channels,
+    x, channels_last, unbatched = dense(x)
+    bn1_mode, bn1_eps = _mode_and_eps(bn1)
+    bn2_mode, bn2_eps = _mode_and_eps(bn2)
+    settings = Settings(
+        bn1_mode,
+        bn1_eps,
+        bn2_mode,
+        bn2_eps,
         stride,
         dilation,
         *pads,
@@ -238,7 +180,107 @@ def _run_without_grad(
         site.pointwise_activation_code,
         channels_last,
     )
+    if BATCH_STATISTICS in (bn1_mode, bn2_mode):
+        followers = (bn if bn is not None and bn.training and bn.track_running_stats else None for bn in (bn1, bn2))
+        groups = _sync.process_group(bn1), _sync.process_group(bn2)
+        if groups == (None, None):
+            y = run_training(x, operands, settings, *followers)
+        else:
+            y = _sync.run(x, operands, settings, groups, *followers)
+    else:
+        operands = _contiguous(operands)
+        if not wants_gradient(x, operands):
+            y = _run_packed(site, x, operands, settings, modules)
+        elif torch.compiler.is_compiling():
+            y = _ops.separable_conv2d_training(x, *operands, *settings)[0]
+        else:
+            y = _EvalFunction.apply(site, modules, settings, x, *operands)
     return y.squeeze(0) if unbatched else y
+
+
+def _mode_and_eps(bn: _BatchNorm | None) -> tuple[int, float]:
+    if bn is None:
+        return NO_NORM, 0.0
+    return BATCH_STATISTICS if uses_batch_statistics(bn) else FIXED_STATISTICS, bn.eps
+
+
+def _contiguous(operands: Operands) -> Operands:
+    if all([tensor is None or tensor.is_contiguous() for tensor in operands]):  # a generator costs more
+        return operands
+    return Operands(*(None if tensor is None else tensor.contiguous() for tensor in operands))
+
+
+def run_training(
+    x: torch.Tensor,
+    operands: Operands,
+    settings: Settings,
+    bn1: BatchNorm | _BatchNorm | None,
+    bn2: BatchNorm | _BatchNorm | None,
+) -> torch.Tensor:
+    """The training operator.
+
+    Args:
+        x: dense in the memory format that ``settings`` tells.
+        bn1, bn2: whose running statistics follow those of the batch; ``None`` where nothing follows.
+
+    Raises:
+        ValueError: a BN takes the statistics of one value per channel.
+    """
+    pads = Pads(settings.pad_left, settings.pad_right, settings.pad_top, settings.pad_bottom)
+    trains1, trains2 = settings.bn1_mode == BATCH_STATISTICS, settings.bn2_mode == BATCH_STATISTICS
+    if trains1 or trains2:
+        check_values_per_channel(x, pads, settings.stride, settings.dilation)
+    # What the batch takes the place of must not reach autograd, which would find it changed by this step.
+    operands = operands._replace(**_WITHOUT_STATISTICS1) if trains1 else operands
+    operands = operands._replace(**_WITHOUT_STATISTICS2) if trains2 else operands
+    y, _, mean1, var1, mean2, var2 = _ops.separable_conv2d_training(x, *_contiguous(operands), *settings)
+    values_per_channel = y.shape[0] * y.shape[2] * y.shape[3]
+    if bn1 is not None:
+        _training.update_running_statistics(bn1, mean1, var1, values_per_channel)
+    if bn2 is not None:
+        _training.update_running_statistics(bn2, mean2, var2, values_per_channel)
+    return y
+
+
+_WITHOUT_STATISTICS1 = {"bn1_mean": None, "bn1_var": None}
+_WITHOUT_STATISTICS2 = {"bn2_mean": None, "bn2_var": None}
+
+
+def _run_packed(
+    site: SeparableConv, x: torch.Tensor, operands: Operands, settings: Settings, modules: Modules
+) -> torch.Tensor:
+    """Fixed statistics and no gradient: BN folded, weights packed, both kept from call to call."""
+    _, bn1, pw, bn2 = modules
+    packed = None
+    compiling = torch.compiler.is_compiling()  # the graph packs at every call, and notices every change so
+    if not compiling:
+        fingerprint = (
+            _C.fingerprint([(tensor.data_ptr(), tensor.nbytes) for tensor in operands if tensor is not None]),
+            settings.bn1_eps,
+            settings.bn2_eps,
+        )
+        key = (_C.active_isa(), settings.channels_last, x.dtype)
+        packed = site.cache.lookup(key, fingerprint)
+    if packed is None:
+        with torch.no_grad():
+            packed = _ops.pack(
+                operands.dw_weight,
+                *scale_and_shift_tensors(operands.dw_bias, bn1),
+                operands.pw_weight,
+                *scale_and_shift_tensors(operands.pw_bias, bn2),
+                settings.channels_last,
+            )
+        if not compiling:
+            site.cache.store(key, fingerprint, packed)
+    return _separable_conv2d(x, packed, pw.out_channels, *settings[4:])
+
+
+def _separable_conv2d(*arguments: Any) -> torch.Tensor:
+    """The operator without a look at autograd, which nobody wants here: a fifth of the time of a small call."""
+    if torch.compiler.is_compiling():
+        return _ops.separable_conv2d(*arguments)
+    with _compat.below_autograd():
+        return _ops.separable_conv2d(*arguments)
 
 
 def run_folded(
@@ -255,8 +297,10 @@ def run_folded(
     cache: PackedCache | None = None,
 ) -> torch.Tensor:
     """The kernels on weights with BN folded in; ``cache`` keeps them packed while they stay the same tensors."""
-    x, channels_last, unbatched = _dense(x)
+    x, channels_last, unbatched = dense(x)
     packed = None
+    if torch.compiler.is_compiling():  # the graph packs at every call
+        cache = None
     if cache is not None:
         key = (_C.active_isa(), channels_last, x.dtype)
         constants = (dw_weight.data_ptr(), dw_bias.data_ptr(), pw_weight.data_ptr(), pw_bias.data_ptr())
@@ -274,7 +318,7 @@ def run_folded(
             )
         if cache is not None:
             cache.store(key, constants, packed)
-    y = _ops.separable_conv2d(
+    y = _separable_conv2d(
         x,
         packed,
         pw_weight.shape[0],
@@ -288,7 +332,7 @@ def run_folded(
     return y.squeeze(0) if unbatched else y
 
 
-def _dense(x: torch.Tensor) -> tuple[torch.Tensor, bool, bool]:
+def dense(x: torch.Tensor) -> tuple[torch.Tensor, bool, bool]:
     """``x`` as a dense batch, whether it is channels_last, and whether the batch dimension was added."""
     unbatched = x.dim() == 3
     if unbatched:
@@ -306,55 +350,26 @@ def own_pads(site: SeparableConv, dw: nn.Conv2d) -> object:
     return dw.padding if isinstance(dw.padding, tuple) else convolution_pads(dw)
 
 
-@functools.lru_cache(maxsize=1024)
-def checked_pads(
-    pre_pad: Pads | Literal["same"], own: tuple[int, ...], stride: int, dilation: int, height: int, width: int
-) -> Pads:
-    """All zeros around a map: ``pre_pad`` and those of the convolution (:class:`Pads` or ``(pad_h, pad_w)``).
-
-    Raises ``ValueError`` where the 3x3 kernel does not fit.
-    """
-    own_pads = own if isinstance(own, Pads) else Pads(own[1], own[1], own[0], own[0])
-    pads = own_pads + resolve_padding(pre_pad, height, width, stride, dilation)
-    out_height = output_size(height, pads.top, pads.bottom, stride, dilation)
-    out_width = output_size(width, pads.left, pads.right, stride, dilation)
-    if min(height, width, out_height, out_width) < 1:
-        raise ValueError(
-            f"x must hold the 3x3 kernel with dilation {dilation}: a map of {height} x {width} with padding "
-            f"{tuple(pads)} (left, right, top, bottom) is too small"
-        )
-    return pads
-
-
 # ------------------------------------------------------------------------------------------------------------ autograd
 
 
 class _EvalFunction(torch.autograd.Function):
-    """Fixed statistics, but a gradient is wanted (fine-tuning with frozen BN): kernels forward, ATen backward.
+    """Fixed statistics, but a gradient is wanted (fine-tuning with frozen BN): packed weights forward.
 
     Keeps ``x`` and the parameters, and computes the rest again when the gradient is asked for.
     """
 
     @staticmethod
-    def forward(ctx, site, modules, x, *tensors):  # type: ignore[no-untyped-def]
-        ctx.site, ctx.modules = site, modules
-        ctx.save_for_backward(x, *tensors)
-        return _run_without_grad(site, x, tensors, modules)
+    def forward(ctx, site, modules, settings, x, *operands):  # type: ignore[no-untyped-def]
+        ctx.settings = settings
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *operands)
+        return _run_packed(site, x, Operands(*operands), settings, modules)
 
     @staticmethod
-    def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
-        saved = ctx.saved_tensors
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
-        create_graph = torch.is_grad_enabled()  # a gradient of the gradient will be asked for
-        with torch.enable_grad():
-            inputs = list(saved)
-            if not create_graph:
-                inputs = [None if tensor is None else tensor.detach() for tensor in saved]
-                for i in wanted:
-                    inputs[i].requires_grad_()
-            y = ctx.site.composite_of_tensors(ctx.modules, *inputs)
-            grads = torch.autograd.grad(y, [inputs[i] for i in wanted], grad_output, create_graph=create_graph)
-        result: list[torch.Tensor | None] = [None] * len(saved)
-        for i, grad in zip(wanted, grads, strict=True):
-            result[i] = grad
-        return (None, None, *result)
+    def backward(ctx, grad_y):  # type: ignore[no-untyped-def]
+        if grad_y is None:
+            return (None,) * len(ctx.needs_input_grad)
+        x, *operands = ctx.saved_tensors
+        needed = ctx.needs_input_grad[3:]
+        return None, None, None, *_training.gradients(grad_y, x, None, Operands(*operands), ctx.settings, needed)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The operators of the extension: handles, and their shapes for tracing."""
+"""The operators of the extension: handles, arguments with names, and their shapes for tracing."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
@@ -10,6 +12,55 @@ from ._padding import output_size
 
 pack = torch.ops.fusedsep.pack.default
 separable_conv2d = torch.ops.fusedsep.separable_conv2d.default
+separable_conv2d_training = torch.ops.fusedsep.separable_conv2d_training.default
+separable_conv2d_training_backward = torch.ops.fusedsep.separable_conv2d_training_backward.default
+depthwise_statistics = torch.ops.fusedsep.depthwise_statistics.default
+separable_products = torch.ops.fusedsep.separable_products.default
+normalize = torch.ops.fusedsep.normalize.default
+normalize_backward_reduce = torch.ops.fusedsep.normalize_backward_reduce.default
+pointwise_backward = torch.ops.fusedsep.pointwise_backward.default
+depthwise_backward = torch.ops.fusedsep.depthwise_backward.default
+
+#: Mode of a BN in the training operators.
+NO_NORM, FIXED_STATISTICS, BATCH_STATISTICS = 0, 1, 2
+
+
+class Operands(NamedTuple):
+    """The tensors of the training operators besides the map, in their order."""
+
+    dw_weight: torch.Tensor
+    dw_bias: torch.Tensor | None
+    bn1_weight: torch.Tensor | None
+    bn1_bias: torch.Tensor | None
+    bn1_mean: torch.Tensor | None
+    bn1_var: torch.Tensor | None
+    pw_weight: torch.Tensor
+    pw_bias: torch.Tensor | None
+    bn2_weight: torch.Tensor | None
+    bn2_bias: torch.Tensor | None
+    bn2_mean: torch.Tensor | None
+    bn2_var: torch.Tensor | None
+
+
+class Settings(NamedTuple):
+    """The arguments of the training operators that are no tensors, in their order."""
+
+    bn1_mode: int
+    bn1_eps: float
+    bn2_mode: int
+    bn2_eps: float
+    stride: int
+    dilation: int
+    pad_left: int
+    pad_right: int
+    pad_top: int
+    pad_bottom: int
+    activation: int
+    pointwise_activation: int
+    channels_last: bool
+
+
+# -------------------------------------------------------------------------------------------------- shapes for tracing
 
 
 @torch.library.register_fake("fusedsep::pack")
@@ -21,23 +72,81 @@ def _(dw_weight, dw_scale, dw_bias, pw_weight, pw_scale, pw_bias, channels_last)
 
 
 @torch.library.register_fake("fusedsep::separable_conv2d")
-def _(  # type: ignore[no-untyped-def]
-    x,
-    packed,
-    out_channels,
-    stride,
-    dilation,
-    pad_left,
-    pad_right,
-    pad_top,
-    pad_bottom,
-    activation,
-    pointwise_activation,
-    channels_last,
-):
-    batch, _, height, width = x.shape
-    out_height = output_size(height, pad_top, pad_bottom, stride, dilation)
-    out_width = output_size(width, pad_left, pad_right, stride, dilation)
+def _(x, packed, out_channels, *geometry_and_activations):  # type: ignore[no-untyped-def]
+    *geometry, _, _, channels_last = geometry_and_activations
+    return _map(x, out_channels, *geometry, channels_last)
+
+
+@torch.library.register_fake("fusedsep::separable_conv2d_training")
+def _(x, *operands_and_settings):  # type: ignore[no-untyped-def]
+    operands, settings = Operands(*operands_and_settings[:12]), Settings(*operands_and_settings[12:])
+    in_channels, out_channels = operands.dw_weight.shape[0], operands.pw_weight.shape[0]
+    statistics = []
+    for mode, channels in ((settings.bn1_mode, in_channels), (settings.bn2_mode, out_channels)):
+        size = channels if mode == BATCH_STATISTICS else 0
+        statistics += [x.new_empty(size), x.new_empty(size)]
+    y, p = (_map(x, out_channels, *settings[4:10], settings.channels_last) for _ in range(2))
+    return y, p, *statistics
+
+
+@torch.library.register_fake("fusedsep::separable_conv2d_training_backward")
+def _(grad_y, x, p, *operands_settings_and_wanted):  # type: ignore[no-untyped-def]
+    *operands_and_settings, wanted = operands_settings_and_wanted
+    operands, settings = Operands(*operands_and_settings[:12]), Settings(*operands_and_settings[12:])
+    in_channels, out_channels = operands.dw_weight.shape[0], operands.pw_weight.shape[0]
+    grads = [_dense(x, *x.shape, settings.channels_last) if wanted & 1 else x.new_empty(0)]
+    shapes = [(in_channels, 1, 3, 3), *3 * [(in_channels,)], (out_channels, in_channels, 1, 1), *3 * [(out_channels,)]]
+    for bit, shape in enumerate(shapes, 1):
+        grads.append(x.new_empty(shape if wanted >> bit & 1 else 0))
+    return tuple(grads)
+
+
+@torch.library.register_fake("fusedsep::depthwise_statistics")
+def _(x, dw_weight, *geometry_and_format):  # type: ignore[no-untyped-def]
+    return x.new_empty((2, dw_weight.shape[0]), dtype=torch.double)
+
+
+@torch.library.register_fake("fusedsep::separable_products")
+def _(x, dw_weight, pw_weight, affine1, *settings):  # type: ignore[no-untyped-def]
+    *geometry, _, channels_last = settings
+    out_channels = pw_weight.shape[0]
+    return _map(x, out_channels, *geometry, channels_last), x.new_empty((2, out_channels), dtype=torch.double)
+
+
+@torch.library.register_fake("fusedsep::normalize")
+def _(p, affine2, activation, channels_last):  # type: ignore[no-untyped-def]
+    return _dense(p, *p.shape, channels_last)
+
+
+@torch.library.register_fake("fusedsep::normalize_backward_reduce")
+def _(grad_y, p, affine2, activation, channels_last):  # type: ignore[no-untyped-def]
+    return p.new_empty((2, p.shape[1]), dtype=torch.double)
+
+
+@torch.library.register_fake("fusedsep::pointwise_backward")
+def _(grad_y, x, p, dw_weight, pw_weight, affine1, affine2, correction2, *settings):  # type: ignore[no-untyped-def]
+    *_, channels_last, want_g1, want_weight = settings
+    in_channels = dw_weight.shape[0]
+    g1 = _dense(p, p.shape[0], in_channels, *p.shape[2:], channels_last) if want_g1 else p.new_empty(0)
+    return g1, p.new_empty(pw_weight.shape if want_weight else 0), p.new_empty((2, in_channels), dtype=torch.double)
+
+
+@torch.library.register_fake("fusedsep::depthwise_backward")
+def _(g1, x, dw_weight, affine1, correction1, *settings):  # type: ignore[no-untyped-def]
+    *_, channels_last, want_x, want_weight = settings
+    grad_x = _dense(x, *x.shape, channels_last) if want_x else x.new_empty(0)
+    return grad_x, x.new_empty(dw_weight.shape if want_weight else 0)
+
+
+def _map(x, channels, stride, dilation, pad_left, pad_right, pad_top, pad_bottom, channels_last):  # type: ignore[no-untyped-def]
+    """What the convolutions make of ``x``."""
+    height = output_size(x.shape[2], pad_top, pad_bottom, stride, dilation)
+    width = output_size(x.shape[3], pad_left, pad_right, stride, dilation)
+    return _dense(x, x.shape[0], channels, height, width, channels_last)
+
+
+def _dense(like, batch, channels, height, width, channels_last):  # type: ignore[no-untyped-def]
+    """Strides as the operators give them, also in dimensions of size 1."""
     if channels_last:
-        return x.new_empty((batch, out_height, out_width, out_channels)).permute(0, 3, 1, 2)
-    return x.new_empty((batch, out_channels, out_height, out_width))
+        return like.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2)
+    return like.new_empty((batch, channels, height, width))

@@ -31,6 +31,11 @@ class DepthwiseSeparableBlock(nn.Module):
     optimizers, DDP and ``state_dict`` see what they always saw. ``load_state_dict`` takes the keys ``dw.weight``,
     ``bn1.weight``, ... and also ``dw.0.weight`` (convolution) with ``dw.1.weight`` (BN), likewise ``pw.0``, ``pw.1``.
 
+    In training mode the statistics are those of the batch, and the running ones follow them, as in ``nn.BatchNorm2d``;
+    each BN may be in a mode of its own. Kept for the backward pass are the input and what ``pw`` gave, or the input
+    alone where no BN trains. A checkpoint (``torch.utils.checkpoint`` with ``use_reentrant=False``) that ends with a
+    block moves the running statistics once, where unfused modules move them a second time in the backward pass.
+
     Args:
         in_channels, out_channels: channels of the input and the output map.
         stride: 1 or 2 run in the kernels; any other positive stride runs through ATen.

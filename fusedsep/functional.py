@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import _kernel_path
-from ._activations import apply_activation, check_activation
-from ._checks import check_positive_int
+from ._activations import ACTIVATION_CODES, apply_activation, check_activation
+from ._checks import check_positive_int, checked_pads
 from ._fold import fold_tensors
+from ._ops import BATCH_STATISTICS, FIXED_STATISTICS, NO_NORM, Operands, Settings
 from ._padding import NO_PADS, PaddingArgument, parse_padding
 
 
@@ -55,9 +56,9 @@ def depthwise_separable_conv2d(
         y = F.conv2d(h, pw_weight, pw_bias)
         y = F.relu(batch_norm(y, bn2))
 
-    Without ``training`` and where no gradient is wanted the kernels run it, and the map between the two convolutions
-    is never stored. The weights are folded and packed at every call: :class:`fusedsep.DepthwiseSeparableBlock` keeps
-    them from call to call.
+    The kernels run it, forward and backward, and the map between the two convolutions is never stored. Without
+    ``training`` and where no gradient is wanted BN is folded into the weights at every call:
+    :class:`fusedsep.DepthwiseSeparableBlock` keeps them folded and packed from call to call.
 
     Args:
         x: ``Tensor[N, C, H, W]`` or ``Tensor[C, H, W]``, floating point, contiguous or channels_last.
@@ -96,24 +97,37 @@ def depthwise_separable_conv2d(
     _check_batch_norm(bn1, dw_weight.shape[0], "bn1", training)
     _check_batch_norm(bn2, pw_weight.shape[0], "bn2", training)
 
-    pads = _kernel_path.checked_pads(parsed_padding, NO_PADS, stride, dilation, *x.shape[-2:])
-    tensors = (dw_weight, dw_bias, pw_weight, pw_bias, *_tensors_of(bn1), *_tensors_of(bn2))
-    if (
-        stride <= 2
-        and _is_affine(bn1, training)
-        and _is_affine(bn2, training)
-        and _kernel_path.applies_to_tensors(x, *tensors)
-    ):
-        return _kernel_path.run_folded(
-            x,
-            *fold_tensors(dw_weight, dw_bias, bn1),
-            *fold_tensors(pw_weight, pw_bias, bn2),
+    pads = checked_pads(parsed_padding, NO_PADS, stride, dilation, *x.shape[-2:])
+    operands = Operands(dw_weight, dw_bias, *_tensors_of(bn1), pw_weight, pw_bias, *_tensors_of(bn2))
+    modes = _mode(bn1, training), _mode(bn2, training)
+    batch_statistics = BATCH_STATISTICS in modes
+    if stride <= 2 and _kernel_path.covers_tensors(x, *operands) and not (batch_statistics and x.numel() == 0):
+        if not batch_statistics and not _kernel_path.wants_gradient(x, operands):
+            return _kernel_path.run_folded(
+                x,
+                *fold_tensors(dw_weight, dw_bias, bn1),
+                *fold_tensors(pw_weight, pw_bias, bn2),
+                stride,
+                dilation,
+                pads,
+                activation,
+                pointwise_activation,
+            )
+        x, channels_last, unbatched = _kernel_path.dense(x)
+        settings = Settings(
+            modes[0],
+            0.0 if bn1 is None else bn1.eps,
+            modes[1],
+            0.0 if bn2 is None else bn2.eps,
             stride,
             dilation,
-            pads,
-            activation,
-            pointwise_activation,
+            *pads,
+            ACTIVATION_CODES[activation],
+            ACTIVATION_CODES[pointwise_activation],
+            channels_last,
         )
+        y = _kernel_path.run_training(x, operands, settings, *((bn1, bn2) if training else (None, None)))
+        return y.squeeze(0) if unbatched else y
 
     h = F.pad(x if x.dim() == 4 else x.unsqueeze(0), pads)
     h = F.conv2d(h, dw_weight, dw_bias, stride, 0, dilation, groups=dw_weight.shape[0])
@@ -138,13 +152,14 @@ def _batch_norm(x: torch.Tensor, bn: BatchNorm | _BatchNorm | None, training: bo
     )
 
 
-def _is_affine(bn: BatchNorm | _BatchNorm | None, training: bool) -> bool:
-    """Whether the BN is a scale and a shift that are known before ``x`` is."""
-    return bn is None or (not training and bn.running_mean is not None)
+def _mode(bn: BatchNorm | _BatchNorm | None, training: bool) -> int:
+    if bn is None:
+        return NO_NORM
+    return BATCH_STATISTICS if training or bn.running_mean is None else FIXED_STATISTICS
 
 
 def _tensors_of(bn: BatchNorm | _BatchNorm | None) -> tuple[torch.Tensor | None, ...]:
-    return () if bn is None else (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    return (None,) * 4 if bn is None else (bn.weight, bn.bias, bn.running_mean, bn.running_var)
 
 
 def _check_tensors(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from . import _sync
 from ._activations import activation_module
 from ._checks import check_positive_int
 from ._padding import PaddingArgument, Pads, pad_map, parse_padding, split_padding
@@ -35,6 +36,15 @@ STAGES: tuple[tuple[int, int], ...] = (
 def scaled_channels(channels: int, width_multiplier: float) -> int:
     """``channels * width_multiplier`` rounded down, at least 1; a whole number at the paper's 1, 0.75, 0.5 and 0.25."""
     return max(1, int(channels * width_multiplier))
+
+
+class _FirstConvolution(nn.Sequential):
+    """Convolution, BN and activation, where ``nn.SyncBatchNorm`` trains as it does in the blocks: on the CPU too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for module in self:
+            x = _sync.batch_norm(module, x) if isinstance(module, nn.SyncBatchNorm) else module(x)
+        return x
 
 
 class MobileNetV1Skeleton(nn.Module):
@@ -67,7 +77,7 @@ class MobileNetV1Skeleton(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
 
         channels = scaled_channels(FIRST_CHANNELS, width_multiplier)
-        self.first_conv = nn.Sequential(
+        self.first_conv = _FirstConvolution(
             nn.Conv2d(in_channels, channels, 3, 2, conv_padding, bias=False, **factory),
             nn.BatchNorm2d(channels, eps, momentum, **factory),
             activation_module(activation),

@@ -89,15 +89,31 @@ class _Calls(list):
         return f"<{len(self)} calls>"
 
 
-@pytest.fixture
-def kernel_calls(monkeypatch):
-    """The positional arguments of every call of the kernel operator from now on: proof that it ran, or did not."""
+def _record_calls(monkeypatch, name):
     calls = _Calls()
-    operator = _ops.separable_conv2d
+    operator = getattr(_ops, name)
 
     def record(*arguments):
         calls.append(arguments)
         return operator(*arguments)
 
-    monkeypatch.setattr(_ops, "separable_conv2d", record)
+    monkeypatch.setattr(_ops, name, record)
     return calls
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """The positional arguments of every call of the kernel operator from now on: proof that it ran, or did not."""
+    return _record_calls(monkeypatch, "separable_conv2d")
+
+
+@pytest.fixture
+def training_calls(monkeypatch):
+    """The same for the training operator; computing something again for a backward pass counts too."""
+    return _record_calls(monkeypatch, "separable_conv2d_training")
+
+
+@pytest.fixture
+def backward_calls(monkeypatch):
+    """The same for the operator that computes gradients."""
+    return _record_calls(monkeypatch, "separable_conv2d_training_backward")

@@ -13,6 +13,7 @@ import sys
 
 import numpy as np
 import torch
+import training_reference
 from cases import ACTIVATION_CODES, Case, operands
 
 import fusedsep
@@ -91,6 +92,32 @@ def check(case: Case, dtype: type, channels_last: bool, isa: str) -> None:
         assert np.array_equal(y.permute(0, 2, 3, 1) if channels_last else y, expected)
 
 
+def check_training(case: Case, dtype: torch.dtype, channels_last: bool) -> None:
+    given = training_reference.arguments(case, bias=True, distance=0)
+    settings = training_reference.settings(given, channels_last)
+
+    def there(tensor: torch.Tensor | None, at_end: bool) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        if tensor.dim() == 4 and channels_last and tensor.shape[0] == case.batch:
+            return torch.from_numpy(guarded(tensor.permute(0, 2, 3, 1).numpy(), at_end)).permute(0, 3, 1, 2)
+        return torch.from_numpy(guarded(tensor.numpy(), at_end))
+
+    expected = [*itertools.chain(*training_reference.run(given, dtype, channels_last))]
+    for at_end in (True, False):
+        x, grad_y, *operands = (
+            there(None if tensor is None else tensor.to(dtype), at_end)
+            for tensor in (given.x, given.grad_y, *given.operands)
+        )
+        outputs = _ops.separable_conv2d_training(x, *operands, *settings)
+        p, *statistics = (there(output, at_end) for output in outputs[1:])
+        operands[4:6], operands[10:12] = statistics[:2], statistics[2:]
+        wanted = training_reference.all_wanted(given)
+        gradients = _ops.separable_conv2d_training_backward(grad_y, x, p, *operands, *settings, wanted)
+        for ours, exact in zip((*outputs, *gradients), expected, strict=True):
+            assert torch.equal(ours, exact)
+
+
 def main() -> None:
     if sys.argv[1] == "prove-the-guard":
         array = guarded(np.ones(3, np.float32), at_end=True)
@@ -103,6 +130,8 @@ def main() -> None:
     for case, dtype, channels_last in itertools.product(CASES, (np.float32, np.float64), (False, True)):
         print(case, dtype.__name__, "channels_last" if channels_last else "nchw", flush=True)
         check(case, dtype, channels_last, sys.argv[1])
+        if case.batch * case.out_shape[2] * case.out_shape[3] > 1:
+            check_training(case, torch.float32 if dtype is np.float32 else torch.float64, channels_last)
     print("done")
 
 

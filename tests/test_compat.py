@@ -70,6 +70,35 @@ def test_ordinary_contexts_are_no_dispatch_modes(context):
         assert not _compat.dispatch_mode_is_active()
 
 
+def test_below_autograd_no_graph_is_made_whatever_the_grad_mode():
+    x = torch.ones(3, requires_grad=True)
+    with _compat.below_autograd():
+        assert torch.is_grad_enabled()
+        assert not torch.relu(x).requires_grad
+    assert torch.relu(x).requires_grad
+
+
+def test_below_autograd_a_kernel_for_autograd_is_passed_by():
+    library = torch.library.Library("fusedsep_test_compat", "DEF")
+    library.define("twice(Tensor x) -> Tensor")
+    library.impl("twice", lambda x: 2 * x, "CPU")
+    operator = torch.ops.fusedsep_test_compat.twice.default
+    calls = []
+
+    def kernel(x):
+        calls.append(x)
+        with _compat.below_autograd():
+            return operator(x)
+
+    library.impl("twice", kernel, "Autograd")
+    x = torch.ones(3)
+    assert torch.equal(operator(x), 2 * x)
+    assert len(calls) == 1
+    with _compat.below_autograd():
+        operator(x)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize(
     "register",
     [

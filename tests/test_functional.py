@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from randomize import randomized
 
-from fusedsep import DepthwiseSeparableBlock, _kernel_path, depthwise_separable_conv2d
+from fusedsep import DepthwiseSeparableBlock, depthwise_separable_conv2d
 from fusedsep.functional import BatchNorm
 
 
@@ -127,6 +129,29 @@ def test_memory_format_is_kept():
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 8, 7), (5, 8, 7), (0, 5, 8, 7)], ids=str)
+@pytest.mark.parametrize("momentum", [0.3, None])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_step_equals_that_of_the_modules(shape, momentum, training):
+    """A module stands for its numbers alone: whether it tracks or trains is not asked."""
+    block = randomized(DepthwiseSeparableBlock(5, 6, padding="same", momentum=momentum, dtype=torch.double))
+    parts = copy.deepcopy(block).train(not training)
+    parts.bn1.track_running_stats = False
+
+    def function(x):
+        weights = parts.dw.weight, parts.bn1, parts.pw.weight, parts.bn2
+        return depthwise_separable_conv2d(x, *weights, padding="same", training=training)
+
+    results = []
+    for model, call in ((parts, function), (block, block.train(training))):
+        x = random(*shape).requires_grad_()
+        y = call(x)
+        y.backward(random(*y.shape, seed=50))
+        results.append([y, x.grad, *(p.grad for p in model.parameters()), *model.buffers()])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_gradients(training):
     # Without activations nothing has a kink, and the numerical derivative is right everywhere.
@@ -152,25 +177,23 @@ def test_gradients(training):
     assert torch.autograd.gradcheck(function, [tensor.requires_grad_() for tensor in inputs])
 
 
-def test_the_kernels_run_wherever_the_weights_are_fixed_and_no_gradient_is_wanted(monkeypatch):
-    calls = []
-    run_folded = _kernel_path.run_folded
-    monkeypatch.setattr(_kernel_path, "run_folded", lambda *args: calls.append(1) or run_folded(*args))
+def test_which_kernels_run(kernel_calls, training_calls):
     x, dw_weight, pw_weight = random(2, 5, 8, 7), random(5, 1, 3, 3), random(6, 5, 1, 1)
     bn1 = batch_norm_numbers(5, 10)
 
-    def kernel_calls(x, bn1, pw_weight, **options):
-        calls.clear()
+    def calls(x, bn1, pw_weight, **options):
+        for recorded in (kernel_calls, training_calls):
+            recorded.clear()
         depthwise_separable_conv2d(x, dw_weight, bn1, pw_weight, **options)
-        return len(calls)
+        return len(kernel_calls), len(training_calls)
 
-    assert kernel_calls(x, bn1, pw_weight) == 1
-    assert kernel_calls(x, bn1, pw_weight, stride=3) == 0
-    assert kernel_calls(x, bn1, pw_weight, training=True) == 0
-    assert kernel_calls(x, BatchNorm(None, None, None, None), pw_weight) == 0
-    assert kernel_calls(x, bn1, pw_weight.requires_grad_()) == 0
+    assert calls(x, bn1, pw_weight) == (1, 0)
+    assert calls(x, bn1, pw_weight, stride=3) == (0, 0)
+    assert calls(x, bn1, pw_weight, training=True) == (0, 1)
+    assert calls(x, BatchNorm(None, None, None, None), pw_weight) == (0, 1)
+    assert calls(x, bn1, pw_weight.requires_grad_()) == (0, 1)
     with torch.no_grad():
-        assert kernel_calls(x, bn1, pw_weight) == 1
+        assert calls(x, bn1, pw_weight) == (1, 0)
 
 
 def test_runs_under_vmap_of_gradients():

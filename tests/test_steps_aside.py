@@ -93,24 +93,6 @@ def test_a_subclass_with_its_own_forward_runs(kernel_calls):
     assert_runs_through_torch(block, x, kernel_calls, twin(x))
 
 
-@pytest.mark.parametrize("child", ["bn1", "bn2"])
-def test_one_bn_in_training_mode_uses_the_batch(kernel_calls, child):
-    block, twin = twins(5, 7)
-    for model in (block, twin):
-        model.get_submodule(child).train()
-    x = random(2, 5, 6, 9)
-    assert_runs_through_torch(block, x, kernel_calls, twin(x))
-    torch.testing.assert_close(dict(block.named_buffers()), dict(twin.named_buffers()))
-
-
-def test_a_bn_without_running_statistics_uses_the_batch(kernel_calls):
-    block, twin = twins(5, 7)
-    for model in (block, twin):
-        model.bn1 = nn.BatchNorm2d(5, track_running_stats=False, dtype=torch.double).eval()
-    x = random(2, 5, 6, 9)
-    assert_runs_through_torch(block, x, kernel_calls, twin(x))
-
-
 def test_stride_three(kernel_calls):
     block, twin = twins(5, 7, 3)
     x = random(2, 5, 8, 9)

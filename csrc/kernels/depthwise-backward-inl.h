@@ -64,29 +64,29 @@ FUSEDSEP_INLINE Block columns_inside(const SeparableParams<T>& conv, int v) {
   return {begin, max_of(0, end - begin)};
 }
 
-// sums[v][...] += sum over j of gd[j] * x at tap column v, for one row and vector of channels. Four chains a tap, so
-// that they are short and do not wait for each other.
+// sums[v][...] += sum over j of gd[j] * x at tap column v, for one row and vector of channels. Four chains at a time,
+// so that they do not wait for each other, of at most sixteen terms.
 template <class V>
 __attribute__((noinline)) void tap_gradients(const Block columns[3], const typename V::T* gd, int64_t gd_step,
                                              const typename V::T* const x[3], int64_t x_step, bool whole,
                                              typename V::Mask mask, double* sums, int64_t pitch) {
   for (int v = 0; v < 3; ++v) {
-    V sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
     const int64_t end = columns[v].begin + columns[v].size;
-    int64_t j = columns[v].begin;
-    if (whole) {
-      for (; j + 4 <= end; j += 4) {
+    for (int64_t j = columns[v].begin; j < end;) {
+      const int64_t stop = min_of(end, j + 4 * 16);
+      V sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+      for (; whole && j + 4 <= stop; j += 4) {
         FUSEDSEP_UNROLL(4)
         for (int k = 0; k < 4; ++k) {
           sum[k] = V::fma(V::load(gd + (j + k) * gd_step), V::load(x[v] + (j + k) * x_step), sum[k]);
         }
       }
+      for (int k = 0; j < stop; ++j, k = (k + 1) % 4) {
+        const V value = whole ? V::load(x[v] + j * x_step) : V::load(x[v] + j * x_step, mask);
+        sum[k] = V::fma(V::load(gd + j * gd_step), value, sum[k]);
+      }
+      V::add(V::add(sum[0], sum[1]), V::add(sum[2], sum[3])).accumulate(sums + v * pitch);
     }
-    for (; j < end; ++j) {
-      const V value = whole ? V::load(x[v] + j * x_step) : V::load(x[v] + j * x_step, mask);
-      sum[0] = V::fma(V::load(gd + j * gd_step), value, sum[0]);
-    }
-    V::add(V::add(sum[0], sum[1]), V::add(sum[2], sum[3])).accumulate(sums + v * pitch);
   }
 }
 

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Automatic differentiation of the operators, and what a training step does besides.
+
+Importing this module installs the operators' kernels for autograd: whoever calls ``torch.ops.fusedsep.*``, in Python,
+in a compiled graph or in C++, gets right gradients or an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+
+from . import _compat, _ops
+from ._activations import ACTIVATION_NAMES, apply_activation
+from ._ops import BATCH_STATISTICS, FIXED_STATISTICS, NO_NORM, Operands, Settings
+
+_TENSORS = 1 + len(Operands._fields)  # arguments of the training operator that are the map or an operand
+#: Which of them the gradients of the backward operator belong to, in the order of its results.
+_DIFFERENTIABLE = (0, *(1 + i for i, name in enumerate(Operands._fields) if not name.endswith(("_mean", "_var"))))
+
+_forward_operator = _ops.separable_conv2d_training
+
+
+# ----------------------------------------------------------------------------------------------------------- composite
+
+
+def composite(x: torch.Tensor, operands: Operands, settings: Settings) -> torch.Tensor:
+    """``y`` of the training operator through ATen, which knows every derivative of it."""
+    return _composite_maps(x, operands, settings)[0]
+
+
+def _composite_maps(x: torch.Tensor, operands: Operands, settings: Settings) -> tuple[torch.Tensor, ...]:
+    """The output, and what is normalized on the way to it: the depthwise map, the pointwise one, that with bias."""
+    t, s = operands, settings
+    padded = F.pad(x, (s.pad_left, s.pad_right, s.pad_top, s.pad_bottom))
+    depthwise = F.conv2d(padded, t.dw_weight, t.dw_bias, s.stride, 0, s.dilation, groups=t.dw_weight.shape[0])
+    h = _composite_norm(depthwise, s.bn1_mode, t.bn1_mean, t.bn1_var, t.bn1_weight, t.bn1_bias, s.bn1_eps)
+    product = F.conv2d(apply_activation(ACTIVATION_NAMES[s.activation], h), t.pw_weight)
+    pointwise = product if t.pw_bias is None else product + t.pw_bias.view(-1, 1, 1)
+    y = _composite_norm(pointwise, s.bn2_mode, t.bn2_mean, t.bn2_var, t.bn2_weight, t.bn2_bias, s.bn2_eps)
+    return apply_activation(ACTIVATION_NAMES[s.pointwise_activation], y), depthwise, product, pointwise
+
+
+def _composite_norm(
+    x: torch.Tensor,
+    mode: int,
+    mean: torch.Tensor | None,
+    var: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    if mode == NO_NORM:
+        return x
+    if mode == FIXED_STATISTICS:
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+    return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+
+
+def _composite_outputs(x: torch.Tensor, operands: Operands, settings: Settings) -> tuple[torch.Tensor, ...]:
+    """All that the training operator returns; ``y`` alone has derivatives."""
+    y, depthwise, product, pointwise = _composite_maps(x, operands, settings)
+    outputs = [y, product.detach().clone()]  # a clone, since without BN and activation the product is y
+    for mode, value in ((settings.bn1_mode, depthwise), (settings.bn2_mode, pointwise)):
+        if mode == BATCH_STATISTICS:
+            var, mean = torch.var_mean(value.detach(), (0, 2, 3), correction=0)
+            outputs += [mean, var]
+        else:
+            outputs += [x.new_empty(0), x.new_empty(0)]
+    return tuple(outputs)
+
+
+# ----------------------------------------------------------------------------------------------------------- gradients
+
+
+class SeparableConvFunction(torch.autograd.Function):
+    """The training operator and its derivative. Keeps ``x``, the raw pointwise product ``p`` and the small tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        with _compat.below_autograd():
+            y, p, mean1, var1, mean2, var2 = _forward_operator(*arguments)
+        x, operands, settings = _split(arguments)
+        # Running statistics are not kept where those of the batch take their place: the step changes them.
+        if settings.bn1_mode == BATCH_STATISTICS:
+            operands = operands._replace(bn1_mean=mean1, bn1_var=var1)
+        if settings.bn2_mode == BATCH_STATISTICS:
+            operands = operands._replace(bn2_mean=mean2, bn2_var=var2)
+        ctx.settings = settings
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(p, mean1, var1, mean2, var2)
+        ctx.save_for_backward(x, p, *operands)
+        return y, p, mean1, var1, mean2, var2
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
+        # One None for each argument that is no tensor.
+        without = (None,) * len(Settings._fields)
+        if grad_y is None:
+            return (None,) * _TENSORS + without
+        x, p, *operands = ctx.saved_tensors
+        return *gradients(grad_y, x, p, Operands(*operands), ctx.settings, ctx.needs_input_grad), *without
+
+
+def gradients(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    p: torch.Tensor | None,
+    operands: Operands,
+    settings: Settings,
+    needed: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """Gradients of ``x`` and of each operand, for the ``backward`` of an ``autograd.Function``.
+
+    Args:
+        grad_y: gradient of ``y``, with any strides.
+        x: dense in the memory format that ``settings`` tells.
+        p: the raw pointwise product, or ``None`` to compute it again; the latter for fixed statistics alone.
+        operands: contiguous, with the statistics that ``y`` was normalized with.
+        needed: for ``x`` and each operand, whether its gradient is wanted; ``None`` is returned for the others.
+    """
+    result: list[torch.Tensor | None] = [None] * _TENSORS
+    wanted = [i for i in _DIFFERENTIABLE if needed[i]]
+    if not wanted:
+        return result
+    if torch.is_grad_enabled():  # a gradient of the gradient will be asked for
+        # One may be computed from another (or be the same): as views, none is in the history of another.
+        views = [None if tensor is None else tensor.view_as(tensor) for tensor in (x, *operands)]
+        y = composite(views[0], Operands(*views[1:]), settings)
+        grads = torch.autograd.grad(y, [views[i] for i in wanted], grad_y, create_graph=True)
+        for i, grad in zip(wanted, grads, strict=True):
+            result[i] = grad
+        return result
+    if p is None:
+        p = _ops.separable_conv2d_training(x, *operands, *settings)[1]
+    bits = sum(1 << bit for bit, i in enumerate(_DIFFERENTIABLE) if needed[i])
+    grads = _ops.separable_conv2d_training_backward(grad_y, x, p, *operands, *settings, bits)
+    for bit, i in enumerate(_DIFFERENTIABLE):
+        if needed[i]:
+            result[i] = grads[bit]
+    return result
+
+
+def _split(arguments: Sequence[Any]) -> tuple[torch.Tensor, Operands, Settings]:
+    return arguments[0], Operands(*arguments[1:_TENSORS]), Settings(*arguments[_TENSORS:])
+
+
+# ---------------------------------------------------------------------------------------------- kernels for autograd
+
+
+def _training_kernel(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    """``separable_conv2d_training`` where autograd looks on."""
+    if _compat.functorch_is_active() or _compat.forward_ad_is_active():
+        return _composite_outputs(*_split(arguments))
+    if _wants_gradient(arguments):
+        return SeparableConvFunction.apply(*arguments)
+    with _compat.below_autograd():
+        return _forward_operator(*arguments)
+
+
+def _refusing_kernel(operator: Callable[..., Any], advice: str) -> Callable[..., Any]:
+    """``operator`` where autograd looks on, if it cannot be differentiated."""
+
+    def kernel(*arguments: Any) -> Any:
+        if _wants_gradient(arguments) or _has_tangent(arguments):
+            raise RuntimeError(
+                f"{operator} has no derivative, but got a tensor that requires grad or has a tangent: {advice}"
+            )
+        with _compat.below_autograd():
+            return operator(*arguments)
+
+    return kernel
+
+
+def _wants_gradient(arguments: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments)
+
+
+def _has_tangent(arguments: Sequence[Any]) -> bool:
+    return _compat.forward_ad_is_active() and any(
+        isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in arguments
+    )
+
+
+_library = torch.library.Library("fusedsep", "IMPL")  # the kernels live as long as it does
+_library.impl(_forward_operator, _training_kernel, "Autograd")
+for _operator in (_ops.pack, _ops.separable_conv2d):
+    _advice = "call it under torch.no_grad(), or fusedsep.depthwise_separable_conv2d for gradients"
+    _library.impl(_operator, _refusing_kernel(_operator, _advice), "Autograd")
+for _operator in (
+    _ops.separable_conv2d_training_backward,
+    _ops.depthwise_statistics,
+    _ops.separable_products,
+    _ops.normalize,
+    _ops.normalize_backward_reduce,
+    _ops.pointwise_backward,
+    _ops.depthwise_backward,
+):
+    _library.impl(_operator, _refusing_kernel(_operator, "call it under torch.no_grad()"), "Autograd")
+
+
+# -------------------------------------------------------------------------------------------------- running statistics
+
+
+def update_running_statistics(bn: Any, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
+    """What ``nn.BatchNorm2d`` does to its buffers in a training step.
+
+    Args:
+        bn: ``nn.BatchNorm2d``, or anything else with its ``running_mean``, ``running_var`` and ``momentum``; a
+            ``num_batches_tracked`` is welcome.
+        mean, var: of the batch; ``var`` is the biased one.
+        count: how many values a channel they are taken from; none leaves the running ones as they are.
+    """
+    with torch.no_grad():
+        weight = bn.momentum
+        counter = getattr(bn, "num_batches_tracked", None)
+        if counter is not None:
+            counter.add_(1)
+            if weight is None:  # the average over all batches so far
+                weight = counter.to(mean.dtype).reciprocal()
+        if bn.running_mean is not None and count > 0:
+            weight = 0.0 if weight is None else weight
+            bn.running_mean.lerp_(mean, weight)
+            bn.running_var.lerp_(var * (count / (count - 1)), weight)

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Arguments of the training operators for a :class:`cases.Case`, and what torch computes from them.
+
+``outcome`` is always: y, batch mean and variance of either BN where it has them, gradients of x and of each parameter
+that there is.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from cases import ACTIVATION_CODES, Case
+
+from fusedsep import _ops
+
+EPS = (1e-5, 1e-3)
+ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish}
+#: Where each activation has no derivative.
+KINKS = {"none": (), "relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0)}
+
+
+class Arguments(NamedTuple):
+    """Everything in float64; ``modes`` are those of the operators."""
+
+    case: Case
+    modes: tuple[int, int]
+    x: torch.Tensor
+    operands: tuple[torch.Tensor | None, ...]
+    grad_y: torch.Tensor
+
+
+def arguments(case: Case, modes=(2, 2), bias=False, seed=0, mean=0.0, distance=1e-4) -> Arguments:
+    """Random arguments of the size that networks have.
+
+    No activation sees a number within ``distance`` of a kink, where rounding would decide about the derivative.
+    """
+    for attempt in range(200):
+        generator = torch.Generator().manual_seed(1000 * seed + attempt)
+
+        def normal(*shape, scale=1.0, generator=generator):
+            # Rounded, so that the same numbers can be given in float32.
+            return (torch.randn(shape, generator=generator) * scale).double()
+
+        c, o = case.in_channels, case.out_channels
+        operands = []
+        for mode, channels, weight in (
+            (modes[0], c, normal(c, 1, 3, 3, scale=0.7)),
+            (modes[1], o, normal(o, c, 1, 1, scale=1.5 / c**0.5)),
+        ):
+            operands += [weight, normal(channels, scale=0.5) if bias else None]
+            operands += [normal(channels), normal(channels, scale=0.5)] if mode else [None, None]
+            operands += [normal(channels, scale=0.2), normal(channels).abs() + 0.5] if mode == 1 else [None, None]
+        x = normal(case.batch, c, case.height, case.width) + mean
+        given = Arguments(case, modes, x, tuple(operands), normal(*case.out_shape))
+        if _distance_from_kinks(given) > distance:
+            return given
+    raise AssertionError(f"no arguments away from the kinks of {case}")
+
+
+def _forward(given: Arguments, x, operands, rounding=lambda x: x):
+    """y, and what either BN normalizes and either activation sees; every map goes through ``rounding``."""
+    case = given.case
+    maps, seen = [], []
+    value = F.pad(x, case.pads)
+    for level, activation in enumerate((case.activation, case.pointwise_activation)):
+        weight, bias, gamma, beta, mean, variance = operands[6 * level : 6 * level + 6]
+        if level == 0:
+            value = F.conv2d(value, weight, bias, case.stride, 0, case.dilation, groups=case.in_channels)
+        else:
+            value = F.conv2d(value, weight, bias)
+        value = rounding(value)
+        maps.append(value)
+        if given.modes[level]:
+            value = F.batch_norm(value, mean, variance, gamma, beta, given.modes[level] == 2, 0.0, EPS[level])
+            value = rounding(value)
+        seen.append(value)
+        value = ACTIVATIONS[activation](value)
+    return value, maps, seen
+
+
+def _distance_from_kinks(given: Arguments) -> float:
+    """Of the numbers next to them: where padding is all that a tap sees, everyone finds the kink itself."""
+    _, _, seen = _forward(given, given.x, given.operands)
+    distances = [
+        (value - kink)[value != kink].abs()
+        for value, activation in zip(seen, (given.case.activation, given.case.pointwise_activation), strict=True)
+        for kink in KINKS[activation]
+    ]
+    return min((distance.min().item() for distance in distances if distance.numel()), default=float("inf"))
+
+
+def _is_parameter(index: int) -> bool:
+    return index % 6 < 4
+
+
+def outcome_of_torch(given: Arguments, dtype=torch.double, rounding=lambda x: x) -> list[torch.Tensor]:
+    """By the unfused functions and autograd."""
+
+    def leaf(tensor, requires_grad):
+        return None if tensor is None else tensor.to(dtype).requires_grad_(requires_grad)
+
+    x = leaf(given.x.detach().clone(), True)
+    operands = [leaf(None if t is None else t.clone(), _is_parameter(i)) for i, t in enumerate(given.operands)]
+    y, maps, _ = _forward(given, x, operands, rounding)
+    wanted = [x, *(t for i, t in enumerate(operands) if t is not None and _is_parameter(i))]
+    gradients = torch.autograd.grad(y, wanted, given.grad_y.to(dtype))
+    statistics = []
+    for mode, value in zip(given.modes, maps, strict=True):
+        if mode == 2:
+            variance, mean = torch.var_mean(value.detach(), (0, 2, 3), correction=0)
+            statistics += [mean, variance]
+    return [y.detach(), *statistics, *gradients]
+
+
+class _Disturbed(torch.autograd.Function):
+    """Every number, and every gradient on its way back, moved at random by up to ``eps`` of its size."""
+
+    @staticmethod
+    def forward(ctx, x, eps, generator):
+        ctx.eps, ctx.generator = eps, generator
+        return _disturbed(x, eps, generator)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _disturbed(grad, ctx.eps, ctx.generator), None, None
+
+
+def _disturbed(x, eps, generator):
+    return x * (1 + eps * (2 * torch.rand(x.shape, generator=generator, dtype=torch.double) - 1))
+
+
+def inherent_errors(given: Arguments, dtype, expected: list[torch.Tensor]) -> list[float]:
+    """How far each result of the float64 reference moves when every map and its gradient is rounded to ``dtype``.
+
+    The largest of a few tries: what unfused layers cannot do without, whatever their sums are worth.
+    """
+    largest = [0.0] * len(expected)
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+
+        def disturb(x, generator=generator):
+            return _Disturbed.apply(x, torch.finfo(dtype).eps, generator)
+
+        for index, (result, exact) in enumerate(zip(outcome_of_torch(given, rounding=disturb), expected, strict=True)):
+            if exact.numel():
+                largest[index] = max(largest[index], (result - exact).abs().max().item())
+    return largest
+
+
+def settings(given: Arguments, channels_last: bool) -> tuple:
+    case = given.case
+    return (
+        given.modes[0],
+        EPS[0],
+        given.modes[1],
+        EPS[1],
+        case.stride,
+        case.dilation,
+        *case.pads,
+        ACTIVATION_CODES[case.activation],
+        ACTIVATION_CODES[case.pointwise_activation],
+        channels_last,
+    )
+
+
+def run(given: Arguments, dtype=torch.double, channels_last=False, wanted=None, grad_y=None):
+    """The nine gradients of the operators, and before them y, p and the statistics."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x = given.x.to(dtype).contiguous(memory_format=memory_format)
+    operands = [None if t is None else t.to(dtype) for t in given.operands]
+    rest = settings(given, channels_last)
+    y, p, mean1, var1, mean2, var2 = _ops.separable_conv2d_training(x, *operands, *rest)
+    if given.modes[0] == 2:
+        operands[4], operands[5] = mean1, var1
+    if given.modes[1] == 2:
+        operands[10], operands[11] = mean2, var2
+    if grad_y is None:
+        grad_y = given.grad_y.to(dtype).contiguous(memory_format=memory_format)
+    if wanted is None:
+        wanted = all_wanted(given)
+    gradients = _ops.separable_conv2d_training_backward(grad_y, x, p, *operands, *rest, wanted)
+    return [y, p, mean1, var1, mean2, var2], list(gradients)
+
+
+def all_wanted(given: Arguments) -> int:
+    """The bits of x and of the parameters that there are."""
+    present = [True, *(t is not None for i, t in enumerate(given.operands) if _is_parameter(i))]
+    return sum(1 << bit for bit, there in enumerate(present) if there)
+
+
+def outcome(given: Arguments, dtype=torch.double, channels_last=False) -> list[torch.Tensor]:
+    """By the operators, in the order of :func:`outcome_of_torch`."""
+    outputs, gradients = run(given, dtype, channels_last)
+    wanted = all_wanted(given)
+    statistics = [
+        statistic
+        for mode, pair in zip(given.modes, (outputs[2:4], outputs[4:6]), strict=True)
+        if mode == 2
+        for statistic in pair
+    ]
+    return [outputs[0], *statistics, *(g for bit, g in enumerate(gradients) if wanted >> bit & 1)]
