@@ -28,6 +28,7 @@ LARGE = [
     Case(130, 70, 15, 17, 2, batch=3, activation="relu6", pointwise_activation="hardswish"),
     Case(8, 8, 90, 97, batch=2),
     Case(300, 20, 9, 9, batch=5, activation="hardswish"),
+    Case(16, 32, 190, 180, activation="none", batch=2),  # maps that are stored past the caches
 ]
 #: BN of two values has no gradient at all: what float32 leaves of it is rounding.
 SHAPES = [

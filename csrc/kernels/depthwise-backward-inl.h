@@ -115,6 +115,7 @@ void depthwise_backward_channels_last(const TrainingParams<typename V::T>& p, in
   const Reach reach(conv), back_reach(back);
   const Block columns[3] = {columns_inside(conv, 0), columns_inside(conv, 1), columns_inside(conv, 2)};
 
+  const bool stream = streams<V, true>(p.grad_x, channels, conv.batch * conv.height * conv.width);
   const auto grad_x_row = [&](int64_t i) {
     T* out = p.grad_x + (image * conv.height + i) * conv.width * channels;
     for (int64_t j = 0, count; j < conv.width; j += count) {
@@ -128,7 +129,11 @@ void depthwise_backward_channels_last(const TrainingParams<typename V::T>& p, in
       for (int64_t c = begin; c < end; c += L) {
         kKernels.table[int(taps)][count - 1](segment, c - begin, all, reversed + 10 * c, line);
         const auto mask = V::mask(0, channels - c);
-        for (int64_t m = 0; m < count; ++m) V::load(line + m * L).store(out + (j + m) * channels + c, mask);
+        if (stream) {
+          for (int64_t m = 0; m < count; ++m) V::load(line + m * L).stream(out + (j + m) * channels + c);
+        } else {
+          for (int64_t m = 0; m < count; ++m) V::load(line + m * L).store(out + (j + m) * channels + c, mask);
+        }
       }
     }
   };
@@ -169,6 +174,7 @@ void depthwise_backward_channels_last(const TrainingParams<typename V::T>& p, in
     }
     if (p.grad_x != nullptr) completed_rows(conv, i, next, grad_x_row);
   }
+  if (stream) V::fence();
 }
 
 // ------------------------------------------------------------------------------------------------------------- NCHW

@@ -61,8 +61,10 @@ struct Lane {
   FUSEDSEP_INLINE V load(const Strip& strip, int64_t i) const {
     return partial(strip, i) ? V::load(at(i), V::mask(0, strip.lanes)) : V::load(at(i));
   }
-  FUSEDSEP_INLINE void store(const Strip& strip, int64_t i, const V& v) const {
-    if (partial(strip, i)) {
+  FUSEDSEP_INLINE void store(const Strip& strip, int64_t i, const V& v, bool stream = false) const {
+    if (stream) {
+      v.stream(at(i));
+    } else if (partial(strip, i)) {
       v.store(at(i), V::mask(0, strip.lanes));
     } else {
       v.store(at(i));

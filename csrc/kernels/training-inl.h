@@ -164,6 +164,17 @@ void raw_depthwise(const SeparableParams<typename V::T>& conv, const Tile& tile,
   }
 }
 
+// Whether the vectors of a map are stored past the caches, which spares reading each line before it is written: where
+// lines are written whole (half a line follows after one block of pixels, while it is still being gathered), and the
+// map is too large to be found in the caches by whoever reads it next.
+template <class V, bool kChannelsLast>
+FUSEDSEP_INLINE bool streams(const typename V::T* map, int64_t channels, int64_t pixels) {
+  constexpr int64_t kLeastBytes = 4 * 1024 * 1024;
+  const int64_t pixel_bytes = channels * int64_t(sizeof(*map));
+  return V::kStreams && kChannelsLast && pixel_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(map) % 64 == 0 &&
+         pixels * pixel_bytes >= kLeastBytes;
+}
+
 template <class V, bool kChannelsLast>
 void depthwise_statistics(const TrainingParams<typename V::T>& p, const Tile& tile, typename V::T* scratch,
                           double* sums) {
@@ -176,11 +187,13 @@ void depthwise_statistics(const TrainingParams<typename V::T>& p, const Tile& ti
   if (p.d == nullptr) return;
   auto* d = tile_of_map<kChannelsLast>(p.d, p.conv, tile, channels);
   const int64_t pitch = map_pitch<kChannelsLast>(p.conv, channels);
+  const bool stream = streams<V, kChannelsLast>(p.d, channels, p.conv.batch * p.conv.out_height * p.conv.out_width);
   for_each_strip<V, kChannelsLast>(channels, pixels, kOperandStrip<V>, [&](const Strip& strip) {
     const auto from = in_operand<V, kChannelsLast>(scratch + layout.h, channels, pixels, strip);
     const auto to = in_map<V, kChannelsLast>(d, pitch, strip);
-    for (int64_t i = 0; i < strip.count; ++i) to.store(strip, i, V::load(from.at(i)));
+    for (int64_t i = 0; i < strip.count; ++i) to.store(strip, i, V::load(from.at(i)), stream);
   });
+  if (stream) V::fence();
 }
 
 template <class V, bool kChannelsLast>
@@ -225,13 +238,15 @@ void normalize(const TrainingParams<typename V::T>& p, const Tile& tile) {
   const int64_t channels = p.conv.out_channels, pitch = map_pitch<kChannelsLast>(p.conv, channels);
   const auto* product = tile_of_map<kChannelsLast>(p.conv.y, p.conv, tile, channels);
   auto* y = tile_of_map<kChannelsLast>(p.y, p.conv, tile, channels);
+  const bool stream = streams<V, kChannelsLast>(p.y, channels, p.conv.batch * p.conv.out_height * p.conv.out_width);
   for_each_strip<V, kChannelsLast>(channels, tile.end - tile.begin, kStripVectors, [&](const Strip& strip) {
     const auto from = in_map<V, kChannelsLast>(product, pitch, strip), to = in_map<V, kChannelsLast>(y, pitch, strip);
     const StripAffine<V, kChannelsLast> affine(p.affine2, strip);
     for (int64_t i = 0; i < strip.count; ++i) {
-      to.store(strip, i, activate(p.pointwise_activation, affine(from.load(strip, i))));
+      to.store(strip, i, activate(p.pointwise_activation, affine(from.load(strip, i))), stream);
     }
   });
+  if (stream) V::fence();
 }
 
 }  // namespace

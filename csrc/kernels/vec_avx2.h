@@ -29,6 +29,10 @@ struct Avx2F32 {
   FUSEDSEP_INLINE static Avx2F32 load(const float* p) { return {_mm256_loadu_ps(p)}; }
   FUSEDSEP_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
 
+  static constexpr bool kStreams = true;
+  FUSEDSEP_INLINE void stream(float* p) const { _mm256_stream_ps(p, v); }
+  FUSEDSEP_INLINE static void fence() { _mm_sfence(); }
+
   FUSEDSEP_INLINE static Mask mask(int64_t begin, int64_t end) {
     const int32_t* words = kMaskWords + 8;
     const __m256i from_begin = _mm256_loadu_si256((const __m256i*)(words - clamp_lane(begin, kLanes)));
@@ -106,6 +110,10 @@ struct Avx2F64 {
   FUSEDSEP_INLINE static Avx2F64 broadcast(double value) { return {_mm256_set1_pd(value)}; }
   FUSEDSEP_INLINE static Avx2F64 load(const double* p) { return {_mm256_loadu_pd(p)}; }
   FUSEDSEP_INLINE void store(double* p) const { _mm256_storeu_pd(p, v); }
+
+  static constexpr bool kStreams = true;
+  FUSEDSEP_INLINE void stream(double* p) const { _mm256_stream_pd(p, v); }
+  FUSEDSEP_INLINE static void fence() { _mm_sfence(); }
 
   FUSEDSEP_INLINE static Mask mask(int64_t begin, int64_t end) {
     const int64_t* quads = kMaskQuads + 4;

@@ -28,6 +28,10 @@ struct Avx512F32 {
   FUSEDSEP_INLINE static Avx512F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
   FUSEDSEP_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
 
+  static constexpr bool kStreams = true;
+  FUSEDSEP_INLINE void stream(float* p) const { _mm512_stream_ps(p, v); }
+  FUSEDSEP_INLINE static void fence() { _mm_sfence(); }
+
   FUSEDSEP_INLINE static Mask mask(int64_t begin, int64_t end) { return (Mask)lane_bits(begin, end, kLanes); }
   FUSEDSEP_INLINE static Avx512F32 load(const float* p, Mask mask) { return {_mm512_maskz_loadu_ps(mask, p)}; }
   FUSEDSEP_INLINE void store(float* p, Mask mask) const { _mm512_mask_storeu_ps(p, mask, v); }
@@ -110,6 +114,10 @@ struct Avx512F64 {
   FUSEDSEP_INLINE static Avx512F64 broadcast(double value) { return {_mm512_set1_pd(value)}; }
   FUSEDSEP_INLINE static Avx512F64 load(const double* p) { return {_mm512_loadu_pd(p)}; }
   FUSEDSEP_INLINE void store(double* p) const { _mm512_storeu_pd(p, v); }
+
+  static constexpr bool kStreams = true;
+  FUSEDSEP_INLINE void stream(double* p) const { _mm512_stream_pd(p, v); }
+  FUSEDSEP_INLINE static void fence() { _mm_sfence(); }
 
   FUSEDSEP_INLINE static Mask mask(int64_t begin, int64_t end) { return (Mask)lane_bits(begin, end, kLanes); }
   FUSEDSEP_INLINE static Avx512F64 load(const double* p, Mask mask) { return {_mm512_maskz_loadu_pd(mask, p)}; }

@@ -41,6 +41,11 @@ struct PortableVec {
   }
   FUSEDSEP_INLINE void store(T* p) const { std::memcpy(p, part, sizeof(part)); }
 
+  // A store past the caches, to an address that is a multiple of the vector; `fence` before others read it.
+  static constexpr bool kStreams = false;
+  FUSEDSEP_INLINE void stream(T* p) const { store(p); }
+  FUSEDSEP_INLINE static void fence() {}
+
   // Lanes [begin, end); both may lie outside [0, kLanes].
   FUSEDSEP_INLINE static Mask mask(int64_t begin, int64_t end) {
     return {begin < 0 ? 0 : begin, end > kLanes ? kLanes : end};
