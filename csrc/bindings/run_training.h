@@ -120,7 +120,7 @@ class TrainingRun {
 
   // Mean and biased variance of d; arrays of padded channels.
   void depthwise_statistics(double* mean, double* variance) {
-    const int64_t padded = kernels_.padded_channels(params.conv.in_channels);
+    const int64_t padded = padded_channels(params.conv.in_channels);
     TileSums sums(size_t(2 * padded * tiles_.count()));
     for_each_tile([&](int64_t i, T* scratch) {
       kernels_.depthwise_statistics(params, tiles_[i], scratch, sums.data() + 2 * i * padded);
@@ -130,7 +130,7 @@ class TrainingRun {
 
   // p, and its mean and biased variance unless `mean` is null.
   void forward(double* mean, double* variance) {
-    const int64_t padded = kernels_.padded_channels(params.conv.out_channels);
+    const int64_t padded = padded_channels(params.conv.out_channels);
     TileSums sums(mean == nullptr ? 0 : size_t(2 * padded * tiles_.count()));
     for_each_tile([&](int64_t i, T* scratch) {
       kernels_.forward(params, tiles_[i], scratch, mean == nullptr ? nullptr : sums.data() + 2 * i * padded);
@@ -144,7 +144,7 @@ class TrainingRun {
 
   // S1 and S2.
   void normalize_backward_reduce(double* sum, double* moment) {
-    const int64_t padded = kernels_.padded_channels(params.conv.out_channels);
+    const int64_t padded = padded_channels(params.conv.out_channels);
     TileSums sums(size_t(2 * padded * tiles_.count()));
     for_each_tile(
         [&](int64_t i, T*) { kernels_.normalize_backward_reduce(params, tiles_[i], sums.data() + 2 * i * padded); });
@@ -155,7 +155,7 @@ class TrainingRun {
   void pointwise_backward(double* sum, double* moment, T* grad_weight) {
     static thread_local Workspace workspace;
     const int64_t in_channels = params.conv.in_channels, out_channels = params.conv.out_channels;
-    const int64_t padded = kernels_.padded_channels(in_channels), tiles = tiles_.count();
+    const int64_t padded = padded_channels(in_channels), tiles = tiles_.count();
     TileSums sums(sum == nullptr ? 0 : size_t(2 * padded * tiles));
     WeightGradient<T> gradient{nullptr, nullptr, 0, grad_weight, false};
     if (grad_weight != nullptr) {
@@ -191,7 +191,7 @@ class TrainingRun {
   void depthwise_backward(T* grad_weight) {
     static thread_local Workspace workspace;
     const SeparableParams<T>& conv = params.conv;
-    const int64_t channels = conv.in_channels, padded = kernels_.padded_channels(channels);
+    const int64_t channels = conv.in_channels, padded = padded_channels(channels);
     const int64_t step = kernels_.depthwise_backward_channels(conv.channels_last);
     const int64_t jobs_per_image = (channels + step - 1) / step, jobs = conv.batch * jobs_per_image;
     std::vector<double> sums(grad_weight == nullptr ? 0 : size_t(conv.batch * 9 * padded));

@@ -34,6 +34,9 @@
 
 namespace fusedsep {
 
+// Elements of an array of values a channel: a multiple of 16, which all lanes divide.
+inline int64_t padded_channels(int64_t channels) { return (channels + 15) / 16 * 16; }
+
 template <typename T>
 struct Affine {
   const T *center, *scale, *shift;
@@ -72,9 +75,6 @@ struct WeightGradient {
 template <typename T>
 struct TrainingKernels {
   int64_t lanes, tile_rows, tile_columns;
-
-  // Elements of an array of values a channel: a multiple of 16, which all lanes divide.
-  static int64_t padded_channels(int64_t channels) { return (channels + 15) / 16 * 16; }
 
   // Weights for the forward passes, or `transposed` for the backward ones. [in_channels][3][3],
   // [out_channels][in_channels].

@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// A BatchNorm and the bias of the convolution in front of it, as the affine map of training.h.
+#pragma once
+
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#include "../kernels/training.h"
+#include "tensors.h"
+
+namespace fusedsep {
+
+using Vector = std::optional<Tensor>;
+
+enum class Statistics : int64_t { kNone = 0, kFixed = 1, kBatch = 2 };
+
+// Values a channel in double, padded with zeros.
+using Channels = std::vector<double>;
+
+template <typename T>
+Channels channels_of(const Vector& vector, int64_t padded, double otherwise, int64_t channels) {
+  Channels values(size_t(padded), 0.0);
+  const T* data = vector.has_value() ? vector->const_data_ptr<T>() : nullptr;
+  for (int64_t c = 0; c < channels; ++c) values[size_t(c)] = data == nullptr ? otherwise : double(data[c]);
+  return values;
+}
+
+template <typename T>
+std::vector<T> rounded(const Channels& values) {
+  return std::vector<T>(values.begin(), values.end());
+}
+
+template <typename T>
+class Norm {
+ public:
+  Norm(const Vector& conv_bias, const Vector& weight, const Vector& shift, Statistics statistics, double eps,
+       int64_t channels)
+      : statistics(statistics),
+        channels_(channels),
+        padded_(padded_channels(channels)),
+        eps_(eps),
+        bias_(channels_of<T>(conv_bias, padded_, 0, channels)),
+        gamma_(channels_of<T>(weight, padded_, 1, channels)),
+        shift_(
+            rounded<T>(channels_of<T>(statistics == Statistics::kNone ? std::nullopt : shift, padded_, 0, channels))) {}
+
+  const Statistics statistics;
+
+  // Mean of the convolution with its bias, and biased variance: of the batch, or fixed; not read where there is no BN.
+  void set_statistics(const T* mean, const T* variance) {
+    Channels center(bias_.size()), scale(bias_.size());
+    inverse_.assign(bias_.size(), 0.0);
+    for (size_t c = 0; c < size_t(channels_); ++c) {
+      center[c] = (statistics == Statistics::kNone ? 0 : double(mean[c])) - bias_[c];
+      inverse_[c] = statistics == Statistics::kNone ? 1 : 1 / std::sqrt(double(variance[c]) + eps_);
+      scale[c] = (statistics == Statistics::kNone ? 1 : gamma_[c]) * inverse_[c];
+    }
+    center_ = rounded<T>(center);
+    scale_ = rounded<T>(scale);
+    double_scale_ = scale;
+  }
+  // Rounds statistics of the convolution without its bias, and takes them.
+  void set_batch_statistics(const Channels& mean, const Channels& variance, T* mean_out, T* variance_out) {
+    for (size_t c = 0; c < size_t(channels_); ++c) {
+      mean_out[c] = T(mean[c] + bias_[c]);
+      variance_out[c] = T(variance[c]);
+    }
+    set_statistics(mean_out, variance_out);
+  }
+  Affine<T> affine() const { return {center_.data(), scale_.data(), shift_.data()}; }
+
+  // From the sums of the gradient over `count` values.
+  Correction<T> correction(const Channels& sum, const Channels& moment, double count) {
+    if (statistics != Statistics::kBatch || count == 0) return {nullptr, nullptr};
+    Channels slope(bias_.size(), 0.0), offset(bias_.size(), 0.0);
+    for (size_t c = 0; c < size_t(channels_); ++c) {
+      slope[c] = inverse_[c] * inverse_[c] * moment[c] / count;
+      offset[c] = sum[c] / count;
+    }
+    slope_ = rounded<T>(slope);
+    offset_ = rounded<T>(offset);
+    return {slope_.data(), offset_.data()};
+  }
+
+  // Gradients of gamma, beta and the bias of the convolution. A bias in front of statistics of the batch changes
+  // nothing.
+  Tensor grad_weight(const Channels& moment) const {
+    return vector([&](size_t c) { return inverse_[c] * moment[c]; });
+  }
+  Tensor grad_shift(const Channels& sum) const {
+    return vector([&](size_t c) { return sum[c]; });
+  }
+  Tensor grad_bias(const Channels& sum) const {
+    return vector([&](size_t c) { return statistics == Statistics::kBatch ? 0 : double_scale_[c] * sum[c]; });
+  }
+
+  int64_t padded() const { return padded_; }
+
+ private:
+  template <class F>
+  Tensor vector(const F& f) const {
+    Tensor result = empty_strided<1>({channels_}, {1}, kScalarType<T>);
+    T* data = result.mutable_data_ptr<T>();
+    for (size_t c = 0; c < size_t(channels_); ++c) data[c] = T(f(c));
+    return result;
+  }
+  int64_t channels_, padded_;
+  double eps_;
+  Channels bias_, gamma_, inverse_, double_scale_;
+  std::vector<T> shift_, center_, scale_, slope_, offset_;
+};
+
+}  // namespace fusedsep
