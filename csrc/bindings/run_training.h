@@ -17,6 +17,8 @@ class TrainingTiles {
  public:
   TrainingTiles(const TrainingKernels<T>& kernels, const SeparableParams<T>& conv)
       : lanes_(kernels.lanes), channels_last_(conv.channels_last), pixels_(conv.out_height * conv.out_width) {
+    // Pixels are rows of the products in channels_last, columns in NCHW: whole vectors, or whole register tiles.
+    const int64_t unit = channels_last_ ? lanes_ : kernels.tile_columns;
     // In channels_last the batch is one run of pixels.
     runs_ = channels_last_ ? 1 : conv.batch;
     if (channels_last_) pixels_ *= conv.batch;
@@ -24,10 +26,10 @@ class TrainingTiles {
     // weights, which do not, at a profit.
     constexpr int64_t kTileBytes = 128 * 1024;
     const int64_t fitting = kTileBytes / ((conv.in_channels + conv.out_channels) * int64_t(sizeof(T)));
-    const int64_t most = std::min(kMaxTilePixels, std::max(fitting, 4 * kernels.tile_rows)) / lanes_ * lanes_;
+    const int64_t most = std::min(kMaxTilePixels, std::max(fitting, 4 * kernels.tile_rows) + unit - 1) / unit * unit;
     tiles_per_run_ = std::max<int64_t>(1, (pixels_ + most - 1) / most);
     const int64_t even = (pixels_ + tiles_per_run_ - 1) / tiles_per_run_;
-    size_ = (even + lanes_ - 1) / lanes_ * lanes_;
+    size_ = (even + unit - 1) / unit * unit;
     tiles_per_run_ = pixels_ == 0 ? 0 : (pixels_ + size_ - 1) / size_;
   }
 

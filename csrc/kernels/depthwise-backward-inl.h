@@ -244,6 +244,17 @@ void depthwise_backward_nchw(const TrainingParams<typename V::T>& p, int64_t ima
   const V center = V::broadcast(p.affine1.center[channel]), scale = V::broadcast(p.affine1.scale[channel]);
   const StripCorrection<V, false> corrected(p.correction1, Strip{channel, 0, 0, 0, false});
   double totals[9][V::kLanes] = {};
+  V tap_sums[9];
+  int64_t terms = 0;
+  const auto clear = [&] {
+    for (V& sum : tap_sums) sum = V::zero();
+    terms = 0;
+  };
+  const auto flush = [&] {
+    for (int t = 0; t < 9; ++t) tap_sums[t].accumulate(totals[t]);
+    clear();
+  };
+  clear();
 
   const auto grad_x_row = [&](int64_t i) {
     const T* row[3];
@@ -276,36 +287,32 @@ void depthwise_backward_nchw(const TrainingParams<typename V::T>& p, int64_t ima
       for (int64_t j = 0; j < conv.out_width; ++j) kept_row[j * kStride] = gd[j];
     }
 
-    for (int t = 0; t < 9 && sums != nullptr; ++t) {
-      if (row[t / 3] == nullptr) continue;
-      const int64_t shift = t % 3 * conv.dilation - conv.pad_left;
-      V sum = V::zero();
-      int64_t vectors = 0;
-      for (int64_t j = 0; j < conv.out_width; j += L) {
-        const int64_t first = j * kStride + shift;
-        const bool inside = first >= 0 && j + L <= conv.out_width && first + (L - 1) * kStride < conv.width;
-        const auto& mask = tap_masks[j / L].tap[t % 3].lanes;
-        V value;
-        if constexpr (kStride == 1) {
-          value = inside ? V::load(row[t / 3] + first) : V::load(row[t / 3] + first, mask);
-        } else {
-          value = inside ? V::load_even(row[t / 3] + first) : V::load_even(row[t / 3] + first, mask);
-        }
-        sum = V::fma(V::load(gd + j), value, sum);
-        if (++vectors == kStripVectors || j + L >= conv.out_width) {
-          sum.accumulate(totals[t]);
-          sum = V::zero();
-          vectors = 0;
+    for (int64_t j = 0; j < conv.out_width && sums != nullptr; j += L) {
+      const V gradient = V::load(gd + j);
+      FUSEDSEP_UNROLL(3)
+      for (int u = 0; u < 3; ++u) {
+        if (row[u] == nullptr) continue;
+        FUSEDSEP_UNROLL(3)
+        for (int v = 0; v < 3; ++v) {
+          const int64_t first = j * kStride + v * conv.dilation - conv.pad_left;
+          const bool inside = first >= 0 && j + L <= conv.out_width && first + (L - 1) * kStride < conv.width;
+          const auto& mask = tap_masks[j / L].tap[v].lanes;
+          V value;
+          if constexpr (kStride == 1) {
+            value = inside ? V::load(row[u] + first) : V::load(row[u] + first, mask);
+          } else {
+            value = inside ? V::load_even(row[u] + first) : V::load_even(row[u] + first, mask);
+          }
+          tap_sums[3 * u + v] = V::fma(gradient, value, tap_sums[3 * u + v]);
         }
       }
+      if (++terms == kStripVectors) flush();
     }
     if (p.grad_x != nullptr) completed_rows(conv, i, next, grad_x_row);
   }
-  for (int t = 0; t < 9 && sums != nullptr; ++t) {
-    double total = 0;
-    for (int lane = 0; lane < V::kLanes; ++lane) total += totals[t][lane];
-    sums[t * padded + channel] = total;
-  }
+  if (sums == nullptr) return;
+  flush();
+  for (int t = 0; t < 9; ++t) sums[t * padded + channel] = sum_of_lanes<V>(totals[t]);
 }
 
 template <class V>

@@ -110,6 +110,16 @@ FUSEDSEP_INLINE V of_channels(const typename V::T* values, const Strip& strip) {
   return V::broadcast(values[strip.channel]);
 }
 
+// Overwrites `lanes`.
+template <class V>
+FUSEDSEP_INLINE double sum_of_lanes(double* lanes) {
+  FUSEDSEP_UNROLL(4)
+  for (int half = V::kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
 // `kSums` sums a channel, over a tile: sums[k][channel].
 template <class V, bool kChannelsLast, int kSums>
 class ChannelSums {
@@ -124,11 +134,7 @@ class ChannelSums {
   // After the last sum of a strip.
   FUSEDSEP_INLINE void finish(const Strip& strip) {
     if (kChannelsLast || !strip.last) return;
-    for (int k = 0; k < kSums; ++k) {
-      double sum = 0;
-      for (int i = 0; i < V::kLanes; ++i) sum += lanes_[k][i];
-      sums_[k * pitch_ + strip.channel] = sum;
-    }
+    for (int k = 0; k < kSums; ++k) sums_[k * pitch_ + strip.channel] = sum_of_lanes<V>(lanes_[k]);
     clear();
   }
 
