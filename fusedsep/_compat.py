@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 from contextlib import AbstractContextManager
 
 import torch
@@ -11,6 +12,14 @@ from torch.nn.modules import module as _module
 
 #: The package that carries out the transforms of ``torch.func``, and the calls of an ``autograd.Function``.
 FUNCTION_TRANSFORMS = "torch._functorch"
+
+#: What forwards that are to be traced call in place of ``assert``.
+TRACEABLE_ASSERT = torch._assert
+
+
+def load_dynamo() -> None:
+    """Load the package behind ``torch.compile``, as the first checkpoint or optimizer does."""
+    importlib.import_module("torch._dynamo")
 
 
 def functorch_is_active() -> bool:

@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusedsep
@@ -68,6 +69,16 @@ def test_a_dispatch_mode_is_active_inside_it():
 def test_ordinary_contexts_are_no_dispatch_modes(context):
     with context():
         assert not _compat.dispatch_mode_is_active()
+
+
+def test_saved_tensors_hooks_are_noticed():
+    seen = []
+    assert not _compat.has_saved_tensors_hooks()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        assert _compat.has_saved_tensors_hooks()
+    checkpoint(lambda x: seen.append(_compat.has_saved_tensors_hooks()) or x, torch.ones(3), use_reentrant=False)
+    assert seen == [True]
+    assert not _compat.has_saved_tensors_hooks()
 
 
 def test_below_autograd_no_graph_is_made_whatever_the_grad_mode():

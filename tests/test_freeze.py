@@ -182,10 +182,13 @@ def test_hooks_keep_a_site_from_being_merged():
     assert not frozen_sites(frozen)
 
 
-def test_batch_statistics_stay():
+def test_batch_statistics_stay(training_calls):
     model = nn.Sequential(depthwise(4), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU(), pointwise(4, 6)).eval()
-    x = torch.randn(2, 4, 6, 6)
-    assert torch.equal(fusedsep.freeze(model)(x), model(x))
+    x = torch.randn(2, 4, 6, 6, dtype=torch.double)
+    frozen = fusedsep.freeze(model.double())
+    assert not frozen_sites(frozen)
+    torch.testing.assert_close(frozen(x), model(x))
+    assert len(training_calls) == 1
 
 
 def test_another_call_than_the_frozen_one_is_refused():

@@ -86,7 +86,7 @@ def test_modules_that_run_themselves_pad_once(name, kernel_calls):
     x = torch.randn(1, 4, 9, 10)
     assert torch.equal(fused(x), model(x))
     fused = fusedsep.fuse(model)
-    site = next(iter(fused.forward.sites.values()))
+    site = next(iter(fused.forward.programs[False].sites.values()))
     torch.testing.assert_close(site.separable.composite(x, fused.dw, fused.bn1, fused.pw, fused.bn2), model(x))
     assert not kernel_calls
 
@@ -104,7 +104,7 @@ def test_report_and_defuse():
 def test_same_padding_takes_in_no_padding_in_front():
     def pads(pad, name):
         fused = fusedsep.fuse(PaddedBlock(4, pad, PADDING_ITSELF[name](4)).eval())
-        (site,) = fused.forward.sites.values()
+        (site,) = fused.forward.programs[False].sites.values()
         return site.separable.pre_pad
 
     assert pads(nn.ZeroPad2d((1, 0, 0, 2)), "two sides") == (1, 1, 2, 2)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn as nn
@@ -103,6 +105,26 @@ def test_replaced_children_are_noticed(index, other):
     model[index] = fused[index] = other
     x = torch.randn(1, 4, 8, 8)
     torch.testing.assert_close(fused(x), model(x))
+
+
+def test_a_replaced_list_of_children_is_noticed(kernel_calls):
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(randomized(chain(nn.ReLU())))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    model = Listed().eval()
+    fused = fusedsep.fuse(model)
+    x = torch.randn(1, 4, 8, 8)
+    fused(x)
+    assert len(kernel_calls) == 1
+    model.layers = fused.layers = nn.ModuleList(randomized(chain(nn.ReLU6()), seed=1)).eval()
+    assert torch.equal(fused(x), model(x))
 
 
 def test_changed_parameters_buffers_and_dtype_are_noticed():
@@ -238,10 +260,13 @@ class WithoutGrad(nn.Module):
 
 @pytest.mark.parametrize("kind", [Remembers, DependsOnType, MakesATensor, WithoutGrad])
 @pytest.mark.parametrize("wrap", [False, True], ids=["root", "child"])
-def test_python_that_a_trace_would_lose_keeps_working(kind, wrap, kernel_calls):
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_python_that_a_trace_would_lose_keeps_working(kind, wrap, mode, kernel_calls):
     model = randomized(kind()).eval()
     model = nn.Sequential(nn.ReLU(), model) if wrap else model
-    fused = fusedsep.fuse(model)
+    fused = copy.deepcopy(model)
+    with mode():
+        fusedsep.fuse(fused, inplace=True)
     x = torch.randn(2, 4, 8, 8, requires_grad=True)
     ours, theirs = fused(x), model(x)
     torch.testing.assert_close(ours, theirs)
@@ -267,6 +292,7 @@ class Reversal(torch.autograd.Function):
 #: Calls that end in C++, which must never take a symbolic value for a tensor.
 PAST_PYTHON = {
     "autograd.Function": Reversal.apply,
+    "checkpoint": lambda x: checkpoint(torch.cos, x, use_reentrant=False),
     "reentrant checkpoint": lambda x: checkpoint(torch.cos, x, use_reentrant=True),
     "torch.func": lambda x: torch.func.grad(lambda y: y.sin().sum())(x),
     "as_tensor": lambda x: torch.as_tensor(x) * 2,

@@ -161,8 +161,8 @@ LOOK_ALIKES = {
     "BN with LeakyReLU inside": lambda: (
         nn.Sequential(depthwise(4), BatchNormAct2d(4, nn.LeakyReLU), pointwise(4, 6)), 4, "applies LeakyReLU"
     ),
-    "BN of the batch": lambda: (
-        nn.Sequential(depthwise(4), nn.BatchNorm2d(4, track_running_stats=False), pointwise(4, 6)),
+    "BN of the batch with ReLU inside": lambda: (
+        nn.Sequential(depthwise(4), BNReLU(4, track_running_stats=False), pointwise(4, 6)),
         4,
         "has no running statistics",
     ),

@@ -12,16 +12,21 @@ from torch import fx
 from .._frozen import FrozenSeparable
 from ..block import DepthwiseSeparableBlock
 from .helpers import Helper
-from .rewrite import FusedForward, FusedSite, fused_forward
+from .program import FusedSite, Program, write_program
+from .rewrite import FusedForward
+from .side_effects import in_mode, usual_global_mode
 from .sites import find_chains, is_depthwise, why_not_fusable
-from .tracing import Call, CallForm, Tracer, Untraceable, in_eval, is_layer
+from .tracing import Call, CallForm, Tracer, Untraceable, is_layer
 
 
 class Analysis:
-    """The regenerated forwards of a model, by owner, and the reason for each depthwise convolution without a site."""
+    """The regenerated forwards of a model, by owner, and the reason for each depthwise convolution without a site.
+
+    They are for the mode, training or eval, that every module of ``model`` is in.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self.forwards: dict[nn.Module, FusedForward] = {}
+        self.programs: dict[nn.Module, Program] = {}
         self.reasons: dict[nn.Module, str] = {}
         #: Modules that are also called outside of every site.
         self.used_elsewhere: set[nn.Module] = set()
@@ -38,7 +43,7 @@ class Analysis:
         reasons, self.reasons = self.reasons, {}
         #: What stands for each depthwise convolution that is fused.
         self.fused: dict[nn.Module, FusedSite | DepthwiseSeparableBlock] = {
-            site.dw: site for forward in self.forwards.values() for site in forward.sites.values()
+            site.dw: site for program in self.programs.values() for site in program.sites.values()
         }
         self.fused.update({block.dw: block for block in model.modules() if is_block(block)})
         for module in model.modules():
@@ -58,7 +63,7 @@ class Analysis:
             try:
                 tracer = Tracer(root, CallForm.of_root(root), opaque, self._helpers)
                 graph = tracer.run()
-                forwards = self._forwards_of(root, tracer, graph, opaque)
+                programs = self._programs_of(root, tracer, graph, opaque)
                 break
             except Untraceable as error:
                 helper = error.helper
@@ -72,12 +77,12 @@ class Analysis:
             except (TypeError, ValueError) as error:  # its forward has no signature, or is called against it
                 self._opaque[root] = str(error)
                 return
-        self.forwards.update(forwards)
+        self.programs.update(programs)
         self._seen |= tracer.called - opaque
 
-    def _forwards_of(
+    def _programs_of(
         self, root: nn.Module, tracer: Tracer, graph: fx.Graph, opaque: set[nn.Module]
-    ) -> dict[nn.Module, FusedForward]:
+    ) -> dict[nn.Module, Program]:
         modules = dict(root.named_modules(remove_duplicate=False))
         chains, reasons = find_chains(graph, modules)
         inline: dict[nn.Module, set[nn.Module]] = {}
@@ -94,12 +99,12 @@ class Analysis:
             while inner := [module for module in inline.get(owner, ()) if module in inline]:
                 inline[owner].update(*(inline.pop(module) for module in inner))
 
-        forwards = {}
+        programs = {}
         for owner, inner in inline.items():
             if not forms[owner].is_comparable():
                 raise Untraceable(owner, "it is called with arguments that cannot be compared")
             inner = inner | (tracer.see_through - {owner})
-            forwards[owner] = fused_forward(owner, forms[owner], opaque, self._helpers, inner)
+            programs[owner] = write_program(owner, forms[owner], opaque, self._helpers, inner)
 
         covered = {node for chain in chains for node in chain.nodes}
         self.used_elsewhere |= {
@@ -110,7 +115,7 @@ class Analysis:
                 self.used_elsewhere |= set(modules.get(node.target, nn.Module()).modules())
                 self.used_elsewhere.add(modules[node.target.rpartition(".")[0]])
         self.reasons.update(reasons)
-        return forwards
+        return programs
 
     def _caller(self, model: nn.Module, conv: nn.Module) -> str:
         """Why no trace shows ``conv``: the innermost untraceable module around it."""
@@ -124,9 +129,9 @@ class Analysis:
         return "no traceable forward calls it"
 
 
-def analyse(model: nn.Module) -> Analysis:
-    """Find all sites of ``model``, fused or not; the model is as it was afterwards."""
-    with in_eval(model), as_written(model):
+def analyse(model: nn.Module, training: bool) -> Analysis:
+    """Find all sites of ``model``, fused or not, in training or in eval mode; the model is as it was afterwards."""
+    with in_mode(model, training), as_written(model), usual_global_mode():
         return Analysis(model)
 
 

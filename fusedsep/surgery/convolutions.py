@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from .._compat import has_hooks
 from .._padding import Pads, output_size, resolve_padding
-from .tracing import attributes_of, first_line, restore_attributes
+from .side_effects import attributes_of, first_line, restore_attributes
 
 #: Height and width of the maps: odd and even, square and not, smaller than the kernel and larger.
 _SIZES = ((1, 1), (1, 2), (2, 1), (2, 3), (3, 2), (3, 3), (4, 4), (5, 6), (6, 5), (7, 10), (9, 7), (12, 17), (24, 19))
@@ -30,9 +30,9 @@ class PaddingUnknown(Exception):
 
 
 def read_padding(conv: nn.Conv2d) -> Pads | Literal["same"]:
-    """All the zeros that the forward of ``conv``, a depthwise 3x3 convolution, puts around its map in eval mode.
+    """All the zeros that the forward of ``conv``, a depthwise 3x3 convolution, puts around its map.
 
-    That forward must be equivalent to::
+    In the mode that ``conv`` is in, that forward must be equivalent to::
 
         F.conv2d(F.pad(x, pads), conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
 
@@ -60,7 +60,7 @@ class _Trial:
         if any(has_hooks(module) for module in conv.modules() if module is not conv):
             raise PaddingUnknown("has hooks inside")
         self._generator = torch.Generator().manual_seed(0)
-        self._conv = copy.deepcopy(conv).to("cpu", torch.float32).eval().requires_grad_()
+        self._conv = copy.deepcopy(conv).to("cpu", torch.float32).requires_grad_()
         self._numbers = [*self._conv.parameters(), *self._conv.buffers()]
         with torch.no_grad():
             for tensor in self._numbers:

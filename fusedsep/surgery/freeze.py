@@ -13,8 +13,9 @@ from .._compat import has_hooks
 from .._frozen import HOW_TO_TRAIN, FrozenSeparable
 from .analysis import Analysis, analyse, is_block
 from .fuse import defuse
+from .program import FusedSite, Program
 from .report import check_model
-from .rewrite import FrozenForward, FusedForward, FusedSite
+from .rewrite import FrozenForward, FusedForward
 
 
 class Merged(nn.Module):
@@ -63,11 +64,11 @@ def freeze(model: nn.Module) -> nn.Module:
     """
     check_model(model)
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    analysis = analyse(model)
+    analysis = analyse(model, training=False)
     defuse(model)
     shared = _shared_modules(model, analysis)
-    for owner, forward in analysis.forwards.items():
-        owner.forward = _freeze_sites(forward, shared)
+    for owner, program in analysis.programs.items():
+        owner.forward = _freeze_sites(program, shared)
     model = _freeze_blocks(model, shared)
     if not isinstance(model, FrozenSeparable):
         for module in model.modules():
@@ -79,26 +80,27 @@ def freeze(model: nn.Module) -> nn.Module:
 def _shared_modules(model: nn.Module, analysis: Analysis) -> set[nn.Module]:
     """Modules that are more than one site's, or that something besides their site calls or holds."""
     uses = collections.Counter(part for parent in model.modules() for part in parent.children())
-    sites = [site for forward in analysis.forwards.values() for site in forward.sites.values()]
+    sites = [site for program in analysis.programs.values() for site in program.sites.values()]
     uses_in_sites = collections.Counter(part for site in sites for part in set(site.numbers()))
     return analysis.used_elsewhere | {part for part in uses if uses[part] > 1 or uses_in_sites[part] > 1}
 
 
-def _freeze_sites(forward: FusedForward, shared: set[nn.Module]) -> FusedForward:
+def _freeze_sites(program: Program, shared: set[nn.Module]) -> FusedForward:
     """Merge the sites of a regenerated forward, in the owner itself."""
-    hooked = any(map(has_hooks, forward.bypassed)) or any(map(has_hooks, forward.expected.values()))
+    owner = program.owner
+    hooked = any(map(has_hooks, program.bypassed)) or any(has_hooks(module) for _, _, module in program.slots)
     merged: dict[nn.Module, nn.Module] = {}
-    sites: dict[str, FusedSite | FrozenSeparable] = dict(forward.sites)
-    for name, site in forward.sites.items():
-        if hooked or shared.intersection(site.numbers()):
+    sites: dict[str, FusedSite | FrozenSeparable] = dict(program.sites)
+    for name, site in program.sites.items():
+        if hooked or shared.intersection(site.numbers()) or not _can_fold(site.bn1, site.bn2):
             continue
         sites[name] = FrozenSeparable(site.separable, site.dw, site.bn1, site.pw, site.bn2)
         merged.update({part: Merged() for part in site.numbers()})
         merged[site.dw] = sites[name]
     if not merged:
-        return forward
-    _replace(forward.owner, merged)
-    return FrozenForward(forward, sites)
+        return FusedForward(owner, {False: program})
+    _replace(owner, merged)
+    return FrozenForward(owner, {False: program.with_sites(sites)})
 
 
 def _freeze_blocks(model: nn.Module, shared: set[nn.Module]) -> nn.Module:
@@ -106,11 +108,18 @@ def _freeze_blocks(model: nn.Module, shared: set[nn.Module]) -> nn.Module:
     merged = {}
     for block in [module for module in model.modules() if is_block(module)]:
         parts = [part for part in (block.dw, block.bn1, block.pw, block.bn2) if part is not None]
-        folds = all(bn is None or bn.running_mean is not None for bn in (block.bn1, block.bn2))
-        if folds and not any(map(has_hooks, [block, *parts])) and not shared.intersection(parts):
+        if (
+            _can_fold(block.bn1, block.bn2)
+            and not any(map(has_hooks, [block, *parts]))
+            and not shared.intersection(parts)
+        ):
             merged[block] = FrozenSeparable(block._separable, block.dw, block.bn1, block.pw, block.bn2)
     _replace(model, merged)
     return merged.get(model, model)
+
+
+def _can_fold(*norms: nn.Module | None) -> bool:
+    return all(bn is None or bn.running_mean is not None for bn in norms)
 
 
 def _holds_frozen(module: nn.Module) -> bool:

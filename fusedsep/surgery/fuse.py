@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from .analysis import analyse, is_fused
 from .report import check_model
-from .rewrite import FrozenForward
+from .rewrite import FrozenForward, FusedForward
 
 
 def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -17,9 +17,9 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Equivalent to ``copy.deepcopy(model)``: the outputs, the modules, their names, parameters, buffers, hooks and the
     ``state_dict`` are the same. Only the forwards that hold a site (depthwise 3x3, BN, activation, pointwise 1x1, BN,
-    activation) are regenerated, and only eval mode uses them. Where a call is not what was found at fusing time (a
-    replaced child, a hook in between, an unusual argument) the original forward runs. After editing a fused model, fuse
-    it again.
+    activation) are regenerated, once for training and once for eval mode, as the two may differ. Where a call is not
+    what was found at fusing time (a replaced child, a hook in between, an unusual argument) the original forward runs.
+    After editing a fused model, fuse it again.
 
     Args:
         model: any module. What is not the pattern stays as it is; :func:`fusedsep.fusion_report` says why.
@@ -34,10 +34,16 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     check_model(model)
     if not inplace:
         model = copy.deepcopy(model)
-    analysis = analyse(model)
+    analyses = [analyse(model, training) for training in (False, True)]
     defuse(model)
-    for owner, forward in analysis.forwards.items():
-        owner.forward = forward
+    for owner in model.modules():
+        programs = {
+            training: analysis.programs[owner]
+            for training, analysis in enumerate(analyses)
+            if owner in analysis.programs
+        }
+        if programs:
+            owner.forward = FusedForward(owner, programs)
     return model
 
 

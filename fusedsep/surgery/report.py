@@ -11,7 +11,7 @@ import torch.nn as nn
 from .._compat import has_hooks
 from .._frozen import FrozenSeparable
 from .analysis import Analysis, analyse
-from .rewrite import FusedSite
+from .program import FusedSite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Site:
 
     Attributes:
         name: its qualified name in the model.
-        reason: what was fused with it, or why nothing was.
+        reason: what was fused with it, and why not in both training and eval mode if so; or why nothing was.
     """
 
     name: str
@@ -64,26 +64,39 @@ def fusion_report(model: nn.Module) -> FusionReport:
         TypeError: ``model`` is not an ``nn.Module``, or is a ``torch.jit.ScriptModule``.
     """
     check_model(model)
-    return report_of(model, analyse(model))
+    return _report(model, *(analyse(model, training) for training in (False, True)))
 
 
-def report_of(model: nn.Module, analysis: Analysis) -> FusionReport:
-    """The report that belongs to an analysis."""
+def _report(model: nn.Module, in_eval: Analysis, in_training: Analysis) -> FusionReport:
     fused: list[Site] = []
     skipped: list[Site] = []
     for name, module in model.named_modules():
         if isinstance(module, FrozenSeparable):
             fused.append(Site(name, "frozen"))
-        elif module in analysis.fused:
-            site = analysis.fused[module]
-            hooked = _hooked(model, site)
+        elif module in in_eval.fused or module in in_training.fused:
+            hooked = _hooked(model, in_eval.fused.get(module) or in_training.fused[module])
             if hooked:
                 skipped.append(Site(name, f"hooks on {', '.join(hooked)} need the modules themselves"))
             else:
-                fused.append(Site(name, site.text if isinstance(site, FusedSite) else "a DepthwiseSeparableBlock"))
-        elif module in analysis.reasons:
-            skipped.append(Site(name, analysis.reasons[module]))
+                fused.append(Site(name, _text(module, in_eval, in_training)))
+        elif module in in_eval.reasons:
+            skipped.append(Site(name, in_eval.reasons[module]))
     return FusionReport(fused, skipped)
+
+
+def _text(conv: nn.Module, in_eval: Analysis, in_training: Analysis) -> str:
+    """What is fused with ``conv``, which may not be the same in both modes."""
+    if conv not in in_training.fused:
+        return f"{_text_of(in_eval.fused[conv])}; in eval mode only: {in_training.reasons[conv]}"
+    training_text = _text_of(in_training.fused[conv])
+    if conv not in in_eval.fused:
+        return f"{training_text}; in training mode only: {in_eval.reasons[conv]}"
+    text = _text_of(in_eval.fused[conv])
+    return text if text == training_text else f"{text}; in training mode {training_text}"
+
+
+def _text_of(site: nn.Module | FusedSite) -> str:
+    return site.text if isinstance(site, FusedSite) else "a DepthwiseSeparableBlock"
 
 
 def _hooked(model: nn.Module, site: nn.Module | FusedSite) -> list[str]:

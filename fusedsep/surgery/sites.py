@@ -16,12 +16,7 @@ from .._structure import why_not_depthwise, why_not_pointwise
 from .activations import activation_of_function, activation_of_module, arguments_of, composed_hardswish
 from .batch_norms import NotABatchNorm, is_batch_norm, read_batch_norm
 from .convolutions import PaddingUnknown, read_padding
-
-_PASSED_ON_IN_EVAL = {nn.Identity.forward} | {
-    kind.forward
-    for kind in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-}
-_DROPOUT_FUNCTIONS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
+from .dropouts import call_passes_on, passes_on
 
 
 class Chain:
@@ -83,7 +78,30 @@ def find_chains(graph: fx.Graph, modules: dict[str, nn.Module]) -> tuple[list[Ch
             chains.append(_chain_from(node, modules))
         except NotASite as reason:
             reasons[modules[node.target]] = str(reason)
+    while (chain := _overtaking(chains, graph, modules)) is not None:
+        chains.remove(chain)
+        reasons[modules[chain.dw.target]] = "its BN is called elsewhere in the meantime, and would change its turn"
     return chains, reasons
+
+
+def _overtaking(chains: list[Chain], graph: fx.Graph, modules: dict[str, nn.Module]) -> Chain | None:
+    """A chain that runs a BN in training mode before an earlier call of that BN: running statistics have an order.
+
+    A chain runs all its nodes in the place of the first one.
+    """
+    turns = {node: turn for turn, node in enumerate(graph.nodes)}
+    latest: dict[nn.Module, int] = {}
+    chain_of = {node: chain for chain in chains for node in chain.nodes}
+    for node in graph.nodes:
+        bn = modules[node.target] if node.op == "call_module" else None
+        if bn is None or not is_batch_norm(bn) or not bn.training:
+            continue
+        chain = chain_of.get(node)
+        turn = turns[node if chain is None else chain.nodes[0]]
+        if turn < latest.get(bn, -1):
+            return chain
+        latest[bn] = turn
+    return None
 
 
 def why_not_fusable(conv: nn.Module) -> str | None:
@@ -276,14 +294,10 @@ def input_of(node: fx.Node) -> fx.Node | None:
 
 
 def _passes_on(node: fx.Node, source: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether ``node`` gives ``source`` back unchanged in eval mode."""
+    """Whether ``node`` gives ``source`` back unchanged."""
     if node.all_input_nodes != [source]:
         return False
-    if node.op == "call_module":
-        module = modules[node.target]
-        return "forward" not in vars(module) and type(module).forward in _PASSED_ON_IN_EVAL
-    training = arguments_of(node, ("p", "training")).get("training", True)
-    return node.target in _DROPOUT_FUNCTIONS and training is False
+    return passes_on(modules[node.target]) if node.op == "call_module" else call_passes_on(node)
 
 
 def _read_module(path: str, module: nn.Module) -> _Step:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import copy
 import inspect
 import operator
 import sys
@@ -23,8 +22,9 @@ import torch
 import torch.nn as nn
 from torch import fx
 
-from .._compat import FUNCTION_TRANSFORMS
+from .._compat import FUNCTION_TRANSFORMS, load_dynamo
 from .helpers import Helper, failing_helper, recorded
+from .side_effects import RandomState, RealTensors, attributes_of, first_line, global_mode, restore_attributes
 
 #: torch.fx and this module patch functions of the whole process while they trace: one thread at a time.
 _TRACING = threading.RLock()
@@ -55,6 +55,11 @@ def original_forward(module: nn.Module) -> Callable[..., Any]:
     return types.MethodType(type(module).forward, module)
 
 
+def signature_of(module: nn.Module) -> inspect.Signature:
+    """How :func:`original_forward` is called."""
+    return inspect.signature(original_forward(module))
+
+
 class TracedTensor:
     """Stands, in a :class:`CallForm`, for an argument that was a symbolic tensor."""
 
@@ -73,7 +78,7 @@ class CallForm:
     def of_root(cls, module: nn.Module) -> CallForm:
         """Only what has no default varies."""
         arguments: dict[str, Any] = {}
-        for name, parameter in inspect.signature(original_forward(module)).parameters.items():
+        for name, parameter in signature_of(module).parameters.items():
             if parameter.kind is parameter.VAR_POSITIONAL:
                 arguments[name] = ()
             elif parameter.kind is parameter.VAR_KEYWORD:
@@ -85,7 +90,7 @@ class CallForm:
     @classmethod
     def of_call(cls, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> CallForm:
         """What was symbolic in this call varies."""
-        bound = inspect.signature(original_forward(module)).bind(*args, **kwargs)
+        bound = signature_of(module).bind(*args, **kwargs)
         bound.apply_defaults()
         return cls({name: _to_form(value) for name, value in bound.arguments.items()})
 
@@ -95,7 +100,7 @@ class CallForm:
 
     def is_one_tensor(self, module: nn.Module) -> bool:
         """Whether the usual call is ``module(x)``: one positional tensor, everything else as the signature defaults."""
-        parameters = inspect.signature(original_forward(module)).parameters.items()
+        parameters = signature_of(module).parameters.items()
         (_, first), *rest = [(self.arguments[name], parameter) for name, parameter in parameters]
         return (
             self.arguments[first.name] is TracedTensor
@@ -105,15 +110,15 @@ class CallForm:
 
     def fill(self, module: nn.Module, make: Callable[[str, type], Any]) -> inspect.BoundArguments:
         """The arguments with ``make(name, marker)`` wherever something varies."""
-        bound = inspect.signature(original_forward(module)).bind_partial()
+        bound = signature_of(module).bind_partial()
         for name, form in self.arguments.items():
             bound.arguments[name] = _fill(name, form, make)
         return bound
 
-    def match(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[Any] | None:
+    def match(self, signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> list[Any] | None:
         """What varies, taken out of an actual call in the order of :meth:`fill`; ``None`` if the constants differ."""
         try:
-            bound = inspect.signature(original_forward(module)).bind(*args, **kwargs)
+            bound = signature.bind(*args, **kwargs)
         except TypeError:
             return None
         bound.apply_defaults()
@@ -173,7 +178,10 @@ def _passing_for_tensors() -> Iterator[None]:
     """For a while, a forward that asks ``isinstance(x, torch.Tensor)`` hears yes for a :class:`TensorProxy`.
 
     Only Python does. A proxy with ``__class__ = torch.Tensor`` would tell C++ the same, which then reads its memory.
+    Dynamo, which a forward may load (``torch.utils.checkpoint`` does), would learn the wrong builtins meanwhile: it is
+    loaded before.
     """
+    load_dynamo()
     isinstance_of_python = builtins.isinstance
 
     def is_instance(value: Any, kind: Any, /) -> bool:
@@ -232,7 +240,7 @@ class Tracer(fx.Tracer):
         self._opaque = opaque
         self._helpers = helpers
         self._inline = inline
-        self._mode = _global_mode()
+        self._mode = global_mode()
         self._calls = [Call(root, form)]
         self._blamed: nn.Module | None = None
         #: Modules looked into, and those called at all.
@@ -243,15 +251,22 @@ class Tracer(fx.Tracer):
 
     def run(self) -> fx.Graph:
         """The graph of the root. Raises :class:`Untraceable`."""
+        with _TRACING:
+            return self._run()
+
+    def _run(self) -> fx.Graph:
         root = self._calls[0].module
         before = {module: attributes_of(module) for module in root.modules()}
+        random_state = RandomState()
         try:
-            with _TRACING, recorded(self._helpers, self._record), _passing_for_tensors():
+            with recorded(self._helpers, self._record), _passing_for_tensors(), RealTensors():
                 graph = self.trace(root)
+                _check_random_numbers(random_state)
         except Exception as error:  # whatever the forward raises when it meets symbolic values
-            helper = failing_helper(error, {Tracer.run.__code__, Tracer.call_module.__code__})
+            helper = failing_helper(error, {Tracer._run.__code__, Tracer.call_module.__code__})
             raise Untraceable(self._blamed or root, first_line(error), helper) from error
         finally:
+            random_state.restore()
             changed = [module for module, attributes in before.items() if restore_attributes(module, attributes)]
         if changed:
             raise Untraceable(changed[0], "its forward writes attributes")
@@ -288,8 +303,10 @@ class Tracer(fx.Tracer):
         self.inlined.add(m)
         self._calls.append(Call(m, CallForm.of_call(m, args, kwargs)))
         size = len(self.graph.nodes)
+        random_state = RandomState()
         try:
             result = type(m).forward(m, *args, **kwargs)
+            _check_random_numbers(random_state)
         except Exception:
             self._blamed = self._blamed or m
             raise
@@ -325,56 +342,10 @@ class Tracer(fx.Tracer):
         return TensorProxy(node, self) if tensor else fx.Proxy(node, self)
 
     def _check_mode(self) -> None:
-        if _global_mode() != self._mode:
-            raise fx.proxy.TraceError("its forward changes the grad or autocast mode")
+        if global_mode() != self._mode:
+            raise fx.proxy.TraceError("its forward changes the grad or autocast mode, or checkpoints")
 
 
-def _global_mode() -> tuple[bool, ...]:
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch.is_autocast_enabled("cuda"),
-    )
-
-
-def attributes_of(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Every attribute of ``module``, with a copy if it is a collection."""
-    return {
-        name: (value, copy.copy(value) if isinstance(value, (list, dict, set)) else None)
-        for name, value in vars(module).items()
-    }
-
-
-def restore_attributes(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> bool:
-    """Undo what was done to ``module`` since :func:`attributes_of`; say whether anything was."""
-    state = vars(module)
-    changed = state.keys() != attributes.keys() or any(state[name] is not old for name, (old, _) in attributes.items())
-    for value, content in attributes.values():
-        if content is not None and len(value) != len(content):
-            changed = True
-            value.clear()
-            value.extend(content) if isinstance(value, list) else value.update(content)
-    if changed:
-        state.clear()
-        state.update({name: value for name, (value, _) in attributes.items()})
-    return changed
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
-
-
-@contextlib.contextmanager
-def in_eval(model: nn.Module) -> Iterator[None]:
-    """All modules of ``model`` in eval mode for a while; their own flags afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in flags:
-            module.training = False
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
+def _check_random_numbers(state: RandomState) -> None:
+    if not state.is_current():  # from a generator that is none of torch's, or torch was seeded
+        raise fx.proxy.TraceError("its forward draws random numbers")

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A regenerated forward that runs sites as one operation, and the conditions under which it is the original one."""
+
+from __future__ import annotations
+
+import importlib
+import types
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import fx
+
+from .._compat import has_global_hooks, has_hooks, is_plain_convolution
+from .._separable import SeparableConv
+from .batch_norms import is_plain_batch_norm
+from .dropouts import is_dropout
+from .helpers import Helper
+from .sites import Chain, find_chains, input_of
+from .tracing import CallForm, Tracer, Untraceable, signature_of
+
+
+class FusedSite:
+    """One call of :class:`SeparableConv` in a regenerated forward, with the modules that it runs."""
+
+    def __init__(self, chain: Chain, modules: dict[str, nn.Module], name: str) -> None:
+        def module_of(node: fx.Node | None) -> nn.Module | None:
+            return None if node is None else modules[node.target]
+
+        self.__name__ = name
+        self.text = str(chain)
+        self.dw = module_of(chain.dw)
+        self.bn1 = module_of(chain.bn1)
+        self.pw = module_of(chain.pw)
+        self.bn2 = module_of(chain.bn2)
+        self.separable = CarryingConv(chain)
+        # Whoever found the chain has read the forwards of subclasses: in training mode, that of a BN for both modes.
+        self.separable.self_padding_class = None if is_plain_convolution(self.dw) else type(self.dw)
+        for bn in self.norms():
+            self.separable.norm_forwards |= {type(bn).forward}
+            if bn.training:
+                self.separable.training_norm_forwards |= {type(bn).forward}
+        #: Every module that the site stands for: activations and padding too, and what a BN carries.
+        self.modules = [
+            part
+            for node in chain.nodes
+            if node.op == "call_module"
+            for name, part in modules[node.target].named_modules()
+            if not name.startswith("parametrizations")
+        ]
+
+    def norms(self) -> list[nn.Module]:
+        """The BNs that there are."""
+        return [bn for bn in (self.bn1, self.bn2) if bn is not None]
+
+    def numbers(self) -> list[nn.Module]:
+        """The modules whose parameters and buffers the site reads."""
+        return [self.dw, self.pw, *self.norms()]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.separable(x, self.dw, self.bn1, self.pw, self.bn2)
+
+
+class CarryingConv(SeparableConv):
+    """A chain whose modules may carry a part of it themselves: running them must not do that part again."""
+
+    def __init__(self, chain: Chain) -> None:
+        super().__init__(chain.activation, chain.pointwise_activation, chain.pre_pad)
+        first, second = chain.carried_activations
+        self._around_modules = SeparableConv(
+            "none" if first else chain.activation, "none" if second else chain.pointwise_activation, chain.pad_in_front
+        )
+
+    def composite(self, *arguments: Any) -> torch.Tensor:
+        return self._around_modules.composite(*arguments)
+
+
+class Program:
+    """A regenerated forward of ``owner``, traced with every module in the mode that it is in now.
+
+    Args:
+        owner: the module; its class keeps the original forward.
+        form: how the owner was called when it was traced.
+        source, names: the forward as Python text, and the global names that it uses.
+        sites: the callables among those names that run a site.
+        inlined: the owner and the modules whose Python became part of ``source``.
+    """
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        form: CallForm,
+        source: str,
+        names: dict[str, Any],
+        sites: dict[str, Any],
+        inlined: set[nn.Module],
+    ) -> None:
+        self.owner = owner
+        self.form = form
+        self.source = source
+        self.names = names
+        self.sites = sites
+        self.takes_one_tensor = form.is_one_tensor(owner)
+
+        parts = {part for site in sites.values() for part in site.modules}
+        run_by_the_sites = {part for site in sites.values() for part in site.numbers()}
+        # Whose Python was read, besides the BNs: written out in ``source``, or tried.
+        self_padding = {site.dw for site in sites.values() if site.separable.self_padding_class is not None}
+        read = inlined | self_padding
+        norms = {bn for site in sites.values() for bn in site.norms() if not is_plain_batch_norm(bn)}
+        carried = {part: whole for whole in norms | self_padding for part in whole.modules() if part is not whole}
+        dropouts = {part for part in parts if is_dropout(part)}
+        #: Modules that are never called now: a hook of theirs needs the original forward.
+        self.bypassed = [
+            module
+            for module in parts | inlined
+            if module is not owner and (module in read or module not in run_by_the_sites)
+        ]
+        #: Modules whose mode must be that of another one. A BN may be in any: the site looks at each call.
+        self.modes = list(carried.items())
+        self.modes += [(part, owner) for part in read | dropouts if part is not owner and part not in carried]
+        #: Attributes that this Python, or what was found out about it, may depend on.
+        self.settings = [
+            (module, name, value)
+            for module in {owner, *self.bypassed, *norms} - (set() if owner.training else dropouts)
+            for name, value in vars(module).items()
+            if name != "training" and name in _names_read_by(module) and isinstance(value, _SETTING_TYPES)
+        ]
+        self.slots = _slots(owner, parts | inlined)
+        self._prepare()
+
+    def with_sites(self, sites: dict[str, Any]) -> Program:
+        """The same forward with other callables for its sites: the owner holds those that are modules already."""
+        program = Program.__new__(Program)
+        vars(program).update(vars(self), sites=sites)
+        modules = set(self.owner.modules())
+        expected = {module for _, _, module in self.slots} | set(sites.values())
+        program.slots = _slots(self.owner, expected & modules)
+        program.bypassed = [module for module in self.bypassed if module in modules]
+        program.modes = [(module, like) for module, like in self.modes if {module, like} <= modules]
+        program.settings = [setting for setting in self.settings if setting[0] in modules]
+        program._prepare()
+        return program
+
+    def arguments_of(self, args: tuple, kwargs: dict[str, Any]) -> Sequence[Any] | None:
+        """What to run it on for a call of the owner, or ``None`` if that is another call than was traced."""
+        if self.takes_one_tensor and len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
+            return args
+        return self.form.match(self._signature, args, kwargs)
+
+    def holds(self) -> bool:
+        """Whether all is as it was traced: no hooks, the same modules, modes and settings."""
+        if has_global_hooks():
+            return False
+        for parent, name, module in self.slots:
+            if parent._modules.get(name) is not module:
+                return False
+        for module in self.bypassed:
+            if has_hooks(module):
+                return False
+        for module, like in self.modes:
+            if module.training is not like.training:
+                return False
+        for module, name, value in self.settings:  # noqa: SIM110, a generator costs more
+            if module.__dict__.get(name) != value:
+                return False
+        return True
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(self.owner, *arguments)
+
+    def _prepare(self) -> None:
+        """Make what a pickle cannot hold."""
+        names = {**self.names, **self.sites}
+        exec(compile(self.source, f"<forward of {type(self.owner).__name__}, fused>", "exec"), names)
+        self._function = names["forward"]
+        self._signature = signature_of(self.owner)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {key: value for key, value in vars(self).items() if not key.startswith("_")}
+        modules = {key: value.__name__ for key, value in self.names.items() if isinstance(value, types.ModuleType)}
+        state["names"] = {key: value for key, value in self.names.items() if key not in modules}
+        state["imports"] = modules
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        imports = state.pop("imports")
+        state["names"].update({key: importlib.import_module(name) for key, name in imports.items()})
+        vars(self).update(state)
+        self._prepare()
+
+
+_SETTING_TYPES = (bool, int, float, str, tuple, type(None))
+
+
+def _names_read_by(module: nn.Module) -> set[str]:
+    names: set[str] = set()
+    for base in type(module).__mro__:
+        if base in (nn.Module, object):
+            continue
+        for attribute, value in vars(base).items():
+            if attribute != "__init__" and hasattr(value, "__code__"):
+                names.update(_names_in(value.__code__))
+    return names
+
+
+def _names_in(code: types.CodeType) -> set[str]:
+    return set(code.co_names).union(
+        *(_names_in(inner) for inner in code.co_consts if isinstance(inner, types.CodeType))
+    )
+
+
+def _slots(owner: nn.Module, modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Where ``modules`` hang below ``owner``: each step of every path to them, as parent, name and child."""
+    wanted = set(modules)
+    slots: dict[tuple[nn.Module, str], nn.Module] = {}
+    for path, module in owner.named_modules(remove_duplicate=False):
+        if module not in wanted or not path:
+            continue
+        parent = owner
+        for name in path.split("."):
+            child = parent._modules[name]
+            slots[parent, name] = child
+            parent = child
+    return [(parent, name, child) for (parent, name), child in slots.items()]
+
+
+def write_program(
+    owner: nn.Module, form: CallForm, opaque: set[nn.Module], helpers: list[Helper], inline: set[nn.Module]
+) -> Program:
+    """Regenerate the forward of ``owner`` with every site in it as one call.
+
+    Args:
+        form: how the owner is called.
+        opaque, helpers: what must stay one call.
+        inline: the modules inside it to write out; all others stay calls.
+
+    Raises:
+        Untraceable: its Python cannot be written down.
+    """
+    tracer = Tracer(owner, form, opaque, helpers, inline)
+    graph = tracer.run()
+    modules = dict(owner.named_modules(remove_duplicate=False))
+    for index, chain in enumerate(find_chains(graph, modules)[0]):
+        site = FusedSite(chain, modules, f"separable_{index}")
+        # In the place of the first node: later ones may come after something that changes the input in place.
+        with graph.inserting_before(chain.nodes[0]):
+            call = graph.call_function(site, (input_of(chain.nodes[0]),))
+        chain.nodes[-1].replace_all_uses_with(call)
+        for node in sorted(chain.nodes, reverse=True):
+            graph.erase_node(node)
+    for node in graph.nodes:
+        node.type = None  # the text needs no annotations, and their names might not be importable
+    graph.lint()
+    try:
+        code = graph.python_code("self")
+        names = {name: value for name, value in code.globals.items() if not isinstance(value, FusedSite)}
+        sites = {name: value for name, value in code.globals.items() if isinstance(value, FusedSite)}
+        return Program(owner, form, code.src, names, sites, tracer.inlined)
+    except (RuntimeError, NotImplementedError, AttributeError, SyntaxError) as error:  # a call without a name
+        raise Untraceable(owner, f"its graph cannot be written as Python: {error}") from error
