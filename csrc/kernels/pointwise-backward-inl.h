@@ -33,33 +33,6 @@ void normalize_backward_reduce(const TrainingParams<typename V::T>& p, const Til
   });
 }
 
-// Pixels [pixel, pixel + kLanes) of a row of the weight gradient's `rows`: output channel `o`.
-template <class V>
-class GradientRows {
- public:
-  explicit GradientRows(const WeightGradient<typename V::T>& gradient, int64_t out_channels)
-      : rows_(gradient.rows),
-        depth_(gradient.depth),
-        out_channels_(out_channels),
-        blocks_(block_count(out_channels, Tiling<V>::kTileRows)) {
-    go_to(0);
-  }
-  FUSEDSEP_INLINE typename V::T* at(int64_t o, int64_t pixel) {
-    if (o < block_.begin) go_to(0);
-    while (o >= block_.begin + block_.size) go_to(index_ + 1);
-    return rows_ + block_.begin * depth_ + pixel * block_.size + (o - block_.begin) * V::kLanes;
-  }
-
- private:
-  void go_to(int64_t index) {
-    index_ = index;
-    block_ = block_at(out_channels_, blocks_, index);
-  }
-  typename V::T* rows_;
-  int64_t depth_, out_channels_, blocks_, index_;
-  Block block_;
-};
-
 // Pixel `pixel` of the weight gradient's `columns`, input channels [c, c + kLanes).
 template <class V>
 FUSEDSEP_INLINE typename V::T* gradient_column(const WeightGradient<typename V::T>& gradient, int64_t in_channels,
@@ -98,7 +71,7 @@ void transpose_rows(const typename V::T* gp, int64_t channels, int64_t pixels,
                     const WeightGradient<typename V::T>& gradient, int64_t offset) {
   constexpr int64_t L = V::kLanes;
   const int64_t padded = round_up(channels, L), blocks = block_count(pixels, Tiling<V>::kTileRows);
-  GradientRows<V> rows(gradient, channels);
+  RowBlocks<V> rows(gradient.rows, channels, gradient.depth);
   int64_t b = 0, m = 0;
   Block block = block_at(pixels, blocks, 0);
   for (int64_t pixel = 0; pixel < pixels; pixel += L) {
@@ -158,7 +131,7 @@ void pointwise_backward(const TrainingParams<typename V::T>& p, const Tile& tile
     if constexpr (kChannelsLast) {
       transpose_rows<V>(gp, out_channels, pixels, *gradient, offset);
     } else {
-      GradientRows<V> rows(*gradient, out_channels);
+      RowBlocks<V> rows(gradient->rows, out_channels, gradient->depth);
       for_each_strip<V, false>(out_channels, pixels, kOperandStrip<V>, [&](const Strip& strip) {
         const auto from = in_operand<V, false>(gp, out_channels, pixels, strip);
         for (int64_t i = 0; i < strip.count; ++i) {

@@ -26,35 +26,80 @@ struct TrainingLayout {
   }
 };
 
-// Operand of a product with `results` results and `depth` terms each, of the matrix m[r * r_pitch + k * k_pitch].
+// The rows of row blocks, as layout-inl.h stores them: `count` rows of `depth` elements, a multiple of kLanes.
 template <class V>
-void pack_columns(const typename V::T* m, int64_t r_pitch, int64_t k_pitch, int64_t results, int64_t depth,
-                  typename V::T* out) {
-  for (int64_t q = 0; q < results; q += Tiling<V>::kTileColumns) {
-    const int64_t count = min_of(Tiling<V>::kTileColumns, results - q), width = round_up(count, V::kLanes);
-    typename V::T* panel = out + q * depth;
-    for (int64_t k = 0; k < depth; ++k) {
-      for (int64_t n = 0; n < count; ++n) panel[k * width + n] = m[(q + n) * r_pitch + k * k_pitch];
-      for (int64_t n = count; n < width; ++n) panel[k * width + n] = 0;
+class RowBlocks {
+ public:
+  RowBlocks(typename V::T* rows, int64_t count, int64_t depth)
+      : rows_(rows), depth_(depth), count_(count), blocks_(block_count(count, Tiling<V>::kTileRows)) {
+    go_to(0);
+  }
+  // Elements [k, k + kLanes) of a row; fast where rows come in order.
+  FUSEDSEP_INLINE typename V::T* at(int64_t row, int64_t k) {
+    if (row < block_.begin) go_to(0);
+    while (row >= block_.begin + block_.size) go_to(index_ + 1);
+    return rows_ + block_.begin * depth_ + k * block_.size + (row - block_.begin) * V::kLanes;
+  }
+
+ private:
+  void go_to(int64_t index) {
+    index_ = index;
+    block_ = block_at(count_, blocks_, index);
+  }
+  typename V::T* rows_;
+  int64_t depth_, count_, blocks_, index_;
+  Block block_;
+};
+
+// `count` vectors of `m`, `pitch` apart, with zeros behind element `width` of each and in the vectors behind.
+template <class V>
+FUSEDSEP_INLINE void load_square(const typename V::T* m, int64_t pitch, int64_t count, int64_t width,
+                                 V square[V::kLanes]) {
+  const bool whole = width >= V::kLanes;
+  const auto mask = V::mask(0, width);
+  for (int64_t i = 0; i < V::kLanes; ++i) {
+    square[i] = i >= count ? V::zero() : whole ? V::load(m + i * pitch) : V::load(m + i * pitch, mask);
+  }
+}
+
+// The matrix [rows][columns] as an operand of the product: its rows are the results (`transposed`: its columns), its
+// columns (rows) the terms of each.
+template <class V>
+void pack_matrix_columns(const typename V::T* m, int64_t rows, int64_t columns, bool transposed, typename V::T* out) {
+  constexpr int64_t L = V::kLanes, kColumns = Tiling<V>::kTileColumns;
+  const int64_t results = transposed ? columns : rows, depth = transposed ? rows : columns;
+  for (int64_t q = 0; q < results; q += L) {
+    const int64_t panel = q / kColumns * kColumns, width = min_of(kColumns, round_up(results, L) - panel);
+    typename V::T* to = out + panel * depth + (q - panel);
+    for (int64_t k = 0; k < depth; k += L) {
+      const int64_t terms = min_of(L, depth - k);
+      V square[L];
+      if (transposed) {
+        load_square<V>(m + k * columns + q, columns, terms, results - q, square);
+      } else {
+        load_square<V>(m + q * columns + k, columns, results - q, depth - k, square);
+        V::transpose(square);
+      }
+      for (int64_t i = 0; i < terms; ++i) square[i].store(to + (k + i) * width);
     }
   }
 }
 
 template <class V>
-void pack_rows(const typename V::T* m, int64_t r_pitch, int64_t k_pitch, int64_t results, int64_t depth,
-               typename V::T* out) {
+void pack_matrix_rows(const typename V::T* m, int64_t rows, int64_t columns, bool transposed, typename V::T* out) {
   constexpr int64_t L = V::kLanes;
-  const int64_t padded = round_up(depth, L), blocks = block_count(results, Tiling<V>::kTileRows);
-  for (int64_t b = 0; b < blocks; ++b) {
-    const Block block = block_at(results, blocks, b);
-    typename V::T* row = out + block.begin * padded;
-    for (int64_t k = 0; k < padded; k += L) {
-      for (int64_t r = 0; r < block.size; ++r, row += L) {
-        const typename V::T* source = m + (block.begin + r) * r_pitch + k * k_pitch;
-        const int64_t count = min_of(L, depth - k);
-        for (int64_t i = 0; i < count; ++i) row[i] = source[i * k_pitch];
-        for (int64_t i = count; i < L; ++i) row[i] = 0;
+  const int64_t results = transposed ? columns : rows, depth = transposed ? rows : columns;
+  RowBlocks<V> blocks(out, results, round_up(depth, L));
+  for (int64_t k = 0; k < depth; k += L) {
+    for (int64_t r = 0; r < results; r += L) {
+      V square[L];
+      if (transposed) {
+        load_square<V>(m + k * columns + r, columns, depth - k, results - r, square);
+        V::transpose(square);
+      } else {
+        load_square<V>(m + r * columns + k, columns, results - r, depth - k, square);
       }
+      for (int64_t i = 0; i < min_of(L, results - r); ++i) square[i].store(blocks.at(r + i, k));
     }
   }
 }
@@ -72,10 +117,8 @@ void pack_training(const typename V::T* depthwise_weight, const typename V::T* p
       channel[layout.reversed + (1 + t) * lanes] = depthwise_weight[9 * c + 8 - t];
     }
   }
-  const int64_t results = transposed ? in_channels : out_channels, depth = transposed ? out_channels : in_channels;
-  const int64_t r_pitch = transposed ? 1 : in_channels, k_pitch = transposed ? in_channels : 1;
-  const auto pack = channels_last ? pack_columns<V> : pack_rows<V>;
-  pack(pointwise_weight, r_pitch, k_pitch, results, depth, packed + layout.pointwise);
+  const auto pack_matrix = channels_last ? pack_matrix_columns<V> : pack_matrix_rows<V>;
+  pack_matrix(pointwise_weight, out_channels, in_channels, transposed, packed + layout.pointwise);
 }
 
 template <class V>
