@@ -59,6 +59,8 @@ struct Call {
   template <typename T>
   TrainingParams<T> params(const Tensor& x, int64_t activation, int64_t pointwise_activation) const {
     TrainingParams<T> params{};
+    // Maps of one pixel lie in memory alike in both formats, and channels are what they have many of.
+    const bool is_run_of_pixels = channels_last || (height * width == 1 && out_height * out_width == 1);
     params.conv = {x.const_data_ptr<T>(),
                    nullptr,
                    nullptr,
@@ -73,7 +75,7 @@ struct Call {
                    geometry.dilation,
                    geometry.pad_top,
                    geometry.pad_left,
-                   channels_last,
+                   is_run_of_pixels,
                    Activation::kNone,
                    Activation::kNone};
     params.activation = Activation(activation);
