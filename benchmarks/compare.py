@@ -3,6 +3,7 @@
 
     python benchmarks/compare.py blocks
     python benchmarks/compare.py networks --threads 2 --isa avx2
+    python benchmarks/compare.py training-blocks --batch 16
 
 pytest-benchmark finishes one variant before it begins the next, so a change of clock or load between them looks like a
 difference between them. Here each call of one variant is followed by one of the next.
@@ -14,21 +15,37 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import machine
 import shapes
 import subjects
 import torch
+import training
 
 import fusedsep
 from fusedsep.cli._arguments import CommandError, output_file, positive_int
 from fusedsep.cli._measure import Times, time_interleaved
 from fusedsep.cli._output import machine_line, write_json
 
-SUBJECTS: dict[str, Callable[[], Iterable[subjects.Subject]]] = {
-    "blocks": lambda: (subjects.block(shape) for shape in shapes.BLOCKS),
-    "networks": lambda: (subjects.network(*network) for network in shapes.NETWORKS),
+
+class Plan(NamedTuple):
+    """What one word of the command line measures, and what ``--repeats`` and ``--batch`` are if they are not given."""
+
+    subjects: Callable[[int | None], Iterable[subjects.Subject]]  # of a batch
+    repeats: int
+    batch: int | None  # None: each subject its own, which its name tells
+
+
+PLANS = {
+    "blocks": Plan(lambda batch: (subjects.block(shape, batch) for shape in shapes.BLOCKS), 100, 1),
+    "networks": Plan(lambda batch: (subjects.network(*network, batch) for network in shapes.NETWORKS), 100, 1),
+    "training-blocks": Plan(lambda batch: (training.block(shape, batch) for shape in shapes.BLOCKS), 20, 8),
+    "training-networks": Plan(
+        lambda batch: (training.network(width, size, batch or own) for width, size, own in shapes.TRAINING_NETWORKS),
+        20,
+        None,
+    ),
 }
 RESULTS = Path(__file__).parent / "results"
 
@@ -43,26 +60,13 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:  # no such ISA here
         sys.exit(f"compare.py: {error}")
     print(machine_line(facts))
-    variants = subjects.variants(arguments.with_compile)
-    results = []
-    for subject in SUBJECTS[arguments.subject]():
-        calls = {str(variant): subject.call(variant) for variant in variants}
-        times = time_interleaved(calls, arguments.repeats)
-        print(f"\n{subject.network} {subject.name}")
-        for variant, time in times.items():
-            print(f"  {variant:22} {time.median:8.3f} ms ±{time.spread:.3f}")
-        results.append(
-            {
-                "network": subject.network,
-                "name": subject.name,
-                "gflop": subject.gflop,
-                "times": {variant: _summary(time) for variant, time in times.items()},
-            }
-        )
+    plan = PLANS[arguments.subject]
+    repeats, batch = arguments.repeats or plan.repeats, arguments.batch or plan.batch
+    results = [measure(subject, repeats, arguments.with_compile) for subject in plan.subjects(batch)]
     document = {
         "subject": arguments.subject,
         "machine": facts,
-        "settings": {"batch": 1, "repeats": arguments.repeats},
+        "settings": {"batch": batch, "repeats": repeats},
         "results": results,
     }
     try:
@@ -72,12 +76,32 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def measure(subject: subjects.Subject, repeats: int, with_compile: bool) -> dict[str, Any]:
+    """Check and time every variant; the entry of ``subject`` in the JSON."""
+    variants = subjects.variants(subject.engines, with_compile)
+    calls = {str(variant): subject.call(variant) for variant in variants}
+    times = time_interleaved(calls, repeats, inference=subject.inference)
+    print(f"\n{subject.network} {subject.name}")
+    for variant, time in times.items():
+        print(f"  {variant:22} {time.median:8.3f} ms ±{time.spread:.3f}")
+    result: dict[str, Any] = {
+        "network": subject.network,
+        "name": subject.name,
+        "gflop": subject.gflop,
+        "times": {variant: _summary(time) for variant, time in times.items()},
+    }
+    if isinstance(subject, training.TrainingSubject):
+        result["saved_bytes"] = {engine: subject.saved_bytes(engine) for engine in ("eager", "fused")}
+    return result
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("subject", choices=SUBJECTS)
+    parser.add_argument("subject", choices=PLANS)
     parser.add_argument("--threads", type=positive_int, default=1, metavar="N", help="default: 1")
     parser.add_argument("--isa", metavar="NAME", help="of fusedsep alone, not of torch (default: the best here)")
-    parser.add_argument("--repeats", type=positive_int, default=100, metavar="N", help="timed calls (default: 100)")
+    parser.add_argument("--repeats", type=positive_int, metavar="N", help="timed calls (default: 100; training: 20)")
+    parser.add_argument("--batch", type=positive_int, metavar="N", help="images (default: 1; training: 8, or as named)")
     parser.add_argument("--with-compile", action="store_true", help="torch.compile too: seconds for each shape")
     parser.add_argument(
         "--output",

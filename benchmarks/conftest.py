@@ -36,7 +36,8 @@ def pytest_benchmark_update_machine_info(machine_info):
 
 def pytest_generate_tests(metafunc):
     if "variant" in metafunc.fixturenames:
-        metafunc.parametrize("variant", variants(metafunc.config.getoption("--with-compile")), ids="-".join)
+        chosen = variants(metafunc.module.ENGINES, metafunc.config.getoption("--with-compile"))
+        metafunc.parametrize("variant", chosen, ids="-".join)
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def time_variant(benchmark, variant: Variant):
         benchmark.group = f"{subject.network}: {subject.name}"
         facts: dict[str, Any] = machine.machine()
         benchmark.extra_info.update(variant._asdict(), isa=facts["isa"], threads=facts["threads"], gflop=subject.gflop)
-        with torch.inference_mode():
+        with torch.inference_mode(subject.inference):
             benchmark(call)
         if benchmark.stats is not None:  # with --benchmark-disable there is none
             gflops = subject.gflop / benchmark.stats.stats.median

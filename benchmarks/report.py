@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fusedsep.cli._output import machine_line
 
 FORMATS = ("NCHW", "channels_last")
 LABELS = {"eager": "eager", "folded": "BN folded", "compiled": "compiled", "fused": "fused", "frozen": "frozen"}
+OURS = ("fused", "frozen")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,29 +79,40 @@ def best_ms(result: dict[str, Any], engine: str) -> float:
 
 
 def _table(results: list[dict[str, Any]], machine: dict[str, Any], with_network: bool = False) -> list[str]:
-    present = [engine for engine in LABELS if any(name.split()[0] == engine for name in results[0]["times"])]
-    header = ["", *(LABELS[engine] for engine in present)]
-    header += ["speed, fused", "speed, frozen", "GFLOP/s", "of sgemm"]
+    present = _present(results, LABELS)
+    ours = _present(results, OURS)
+    header = ["", *(LABELS[engine] for engine in present), *(f"speed, {engine}" for engine in ours)]
+    header += ["GFLOP/s", "of sgemm", *(f"MiB, {engine}" for engine in results[0].get("saved_bytes", ()))]
     lines = [_row(header), _row(["---", *["---:"] * (len(header) - 1)])]
     for result in results:
-        gflops = result["gflop"] / best_ms(result, "frozen") * 1e3
+        gflops = result["gflop"] / best_ms(result, ours[-1]) * 1e3
         lines.append(
             _row(
                 [
                     f"{result['network']}: {result['name']}" if with_network else result["name"],
                     *(_times(result, engine) for engine in present),
-                    *(f"{speed(result, engine):.2f}x" for engine in ("fused", "frozen")),
+                    *(f"{speed(result, engine):.2f}x" for engine in ours),
                     f"{gflops:.0f}",
                     f"{gflops / machine['sgemm_gflops']:.0%}",
+                    *(_three_digits(saved / 2**20) for saved in result.get("saved_bytes", {}).values()),
                 ]
             )
         )
     return lines
 
 
+def _present(results: list[dict[str, Any]], engines: Iterable[str]) -> list[str]:
+    measured = {variant.split()[0] for variant in results[0]["times"]}
+    return [engine for engine in engines if engine in measured]
+
+
 def _times(result: dict[str, Any], engine: str) -> str:
     times = [result["times"].get(f"{engine} {memory_format}") for memory_format in FORMATS]
-    return " · ".join("-" if time is None else f"{time['median_ms']:#.3g}".rstrip(".") for time in times)
+    return " · ".join("-" if time is None else _three_digits(time["median_ms"]) for time in times)
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:#.3g}".rstrip(".") if value < 999.5 else f"{value:.0f}"
 
 
 def _row(cells: list[str]) -> str:
@@ -110,13 +123,21 @@ def _legend(document: dict[str, Any]) -> str:
     results, settings = document["results"], document["settings"]
     spreads = [time["spread_ms"] / time["median_ms"] for result in results for time in result["times"].values()]
     sgemm = document["machine"]["sgemm_gflops"]
-    return (
-        f"Median milliseconds, {' · '.join(FORMATS)}, batch {settings['batch']}, of {settings['repeats']} calls in "
+    best = _present(results, OURS)[-1]
+    batch = "" if settings["batch"] is None else f"batch {settings['batch']}, "
+    legend = (
+        f"Median milliseconds, {' · '.join(FORMATS)}, {batch}of {settings['repeats']} calls in "
         f"turns; half of the quartile range is mostly {statistics.median(spreads):.0%} of it and {max(spreads):.0%} at "
         "worst. Each variant was checked against float64 first. *speed*: times that of eager, either in the memory "
-        "format that suits it better. *GFLOP/s*: of frozen; *of sgemm*: the same as a share of the "
+        f"format that suits it better. *GFLOP/s*: of {best}; *of sgemm*: the same as a share of the "
         f"{sgemm:.0f} GFLOP/s of `torch.mm` at 1024 x 1024."
     )
+    if "saved_bytes" in results[0]:
+        legend += (
+            " Forward and backward count as three times the forward. *MiB*: what autograd keeps from the one for the "
+            "other, besides parameters and buffers."
+        )
+    return legend
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
-from collections.abc import Callable
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -16,6 +18,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import fusedsep
 from fusedsep import reference
 from fusedsep.cli._measure import compare
+
+Answer = dict[str, torch.Tensor]
 
 
 def _fold(module: nn.Module) -> nn.Module:
@@ -28,17 +32,20 @@ def _fold(module: nn.Module) -> nn.Module:
     return module
 
 
-def _compile(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+def compiled(module: nn.Module, **options: bool) -> nn.Module:
+    """``module`` through inductor with ``options``. In place."""
     # All subjects share the code of one forward, and Dynamo gives up on code that was compiled more than a few times.
     torch.compiler.reset()
-    return torch.compile(module, fullgraph=True, options={"freezing": True})
+    module.compile(fullgraph=True, options=options)
+    return module
 
 
-#: How each engine is made from the unfused module in eval mode.
-ENGINES: dict[str, Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]]] = {
+Engines = Mapping[str, Callable[[nn.Module], nn.Module]]
+#: How each engine is made from the unfused module in eval mode; it may be changed in place.
+ENGINES: Engines = {
     "eager": lambda module: module,
     "folded": _fold,
-    "compiled": _compile,
+    "compiled": functools.partial(compiled, freezing=True),
     "fused": fusedsep.fuse,
     "frozen": fusedsep.freeze,
 }
@@ -53,59 +60,109 @@ class Variant(NamedTuple):
         return f"{self.engine} {self.memory_format}"
 
 
-def variants(with_compile: bool = False) -> list[Variant]:
+def variants(engines: Engines, with_compile: bool = False) -> list[Variant]:
     """Every engine in both formats, but ``compiled`` in channels_last alone: Inductor chooses its own format inside."""
     return [
         Variant(engine, memory_format)
-        for engine in ENGINES
+        for engine in engines
         for memory_format in FORMATS
         if engine != "compiled" or (with_compile and memory_format == "channels_last")
     ]
 
 
 class Subject:
-    """An unfused module, an input for it, and the answer it must give.
+    """An unfused module, an input for it, and the answer it must give: here in eval mode, to inference.
 
     Args:
         network: what the module is, or is a part of.
         name: which part; unique within the network.
-        module: takes ``x``. Changed in place: its BNs get the statistics of ``x``, so that numbers keep the size that
-            they have in a trained network, and its activations become in-place ones, as published networks have them.
-        x: ``Tensor[1, C, H, W]``, float32.
+        module: takes the first of ``inputs``. Changed in place: its BNs get the statistics of that input, so that
+            numbers keep the size that they have in a trained network, and its activations become in-place ones, as
+            published networks have them.
+        inputs: what :meth:`_work` takes besides the module. Maps are ``Tensor[N, C, H, W]``, float32.
     """
 
-    def __init__(self, network: str, name: str, module: nn.Module, x: torch.Tensor) -> None:
-        self.network, self.name, self.x = network, name, x
-        self.module = _calibrated(_with_inplace_activations(module), x)
-        self.gflop = 2e-9 * fusedsep.complexity(module, tuple(x.shape)).mult_adds
+    engines = ENGINES
+    inference = True  # to be called in torch.inference_mode()
+    gflop_per_mult_add = 2e-9
+    order = math.inf  # of the norm that errors are measured by
+
+    def __init__(self, network: str, name: str, module: nn.Module, *inputs: torch.Tensor) -> None:
+        self.network, self.name, self.module, self.inputs = network, name, module, inputs
+        for child in module.modules():
+            if isinstance(child, (nn.ReLU, nn.ReLU6, nn.Hardswish)):
+                child.inplace = True
+            elif isinstance(child, nn.BatchNorm2d):
+                nn.init.uniform_(child.weight, 0.5, 1.5)
+                nn.init.uniform_(child.bias, -0.5, 0.5)
+        self._prepare()
+        self.gflop = self.gflop_per_mult_add * fusedsep.complexity(module, tuple(inputs[0].shape)).mult_adds
         report = fusedsep.fusion_report(module)
         if report.skipped or not report.fused:
             raise RuntimeError(f"{network} {name} would be timed in part unfused:\n{report}")
-        with torch.inference_mode():
-            self._torchs = module(x)
-            self._exact = copy.deepcopy(module).double()(x.double())
+        self._exact = self._eager("NCHW", torch.float64)
+        self._torchs = {memory_format: self._eager(memory_format) for memory_format in FORMATS}
 
     def call(self, variant: Variant) -> Callable[[], torch.Tensor]:
-        """A call of the module as ``variant``, which gave the right answer once.
+        """A call of the module as ``variant``, which gave the right answer once. It returns the output.
 
         Raises:
-            RuntimeError: the largest error against float64 exceeds 3 times that of eager float32 by more than 4 units
-                in the last place of the largest output (:func:`fusedsep.cli._measure.compare`).
+            RuntimeError: the norm of a part's error against float64 exceeds 3 times that of eager float32 in the same
+                format by more than 4 roundings of the part's own norm (:func:`fusedsep.cli._measure.compare`).
         """
-        memory_format = FORMATS[variant.memory_format]
-        run = ENGINES[variant.engine](copy.deepcopy(self.module).to(memory_format=memory_format))
-        x = self.x.to(memory_format=memory_format)
+        module, *inputs = self._operands(variant)
+        work = self._work(module, *inputs)
+        answer = self._answer(work, module, *inputs)
+        for part, exact in self._exact.items():
+            accuracy = compare(answer[part], self._torchs[variant.memory_format][part], exact, self.order)
+            if not accuracy.ok:
+                raise RuntimeError(
+                    f"{variant} gives a wrong {part} for {self.network} {self.name}: error {accuracy.error:.2e} "
+                    f"against float64, allowed {accuracy.allowed:.2e}"
+                )
+        return work
+
+    def _prepare(self) -> None:
+        """Bring BNs, mode and gradients of the module into the state in which it is measured."""
+        for child in self.module.modules():
+            if isinstance(child, nn.BatchNorm2d):
+                child.momentum = 1.0
+        with torch.no_grad():
+            self.module.train()(self.inputs[0])
+        self.module.eval().requires_grad_(False)
+
+    def _work(self, module: nn.Module, *inputs: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """What is timed."""
+        (x,) = inputs
+        return lambda: module(x)
+
+    def _answer(self, work: Callable[[], torch.Tensor], module: nn.Module, *inputs: torch.Tensor) -> Answer:
+        """All that the first call of ``work`` computes, by name."""
         with torch.inference_mode():
-            accuracy = compare(run(x), self._torchs, self._exact)
-        if not accuracy.ok:
-            raise RuntimeError(
-                f"{variant} gives a wrong answer for {self.network} {self.name}: error {accuracy.error:.2e} against "
-                f"float64, allowed {accuracy.allowed:.2e}"
-            )
-        return lambda: run(x)
+            return {"output": work()}
+
+    def _operands(self, variant: Variant, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+        """The module as ``variant``, and the inputs in its format."""
+        memory_format = FORMATS[variant.memory_format]
+        module = copy.deepcopy(self.module).to(dtype=dtype, memory_format=memory_format)
+        maps = (x.to(dtype, memory_format=memory_format) if x.dim() == 4 else x for x in self.inputs)
+        return self.engines[variant.engine](module), *maps
+
+    def _eager(self, memory_format: str, dtype: torch.dtype = torch.float32) -> Answer:
+        module, *inputs = self._operands(Variant("eager", memory_format), dtype)
+        return self._answer(self._work(module, *inputs), module, *inputs)
 
 
-def block(shape: Shape) -> Subject:
+def block(shape: Shape, batch: int = 1) -> Subject:
+    return Subject(shape.network, shape.name, *block_and_input(shape, batch))
+
+
+def network(width: float, resolution: int, batch: int = 1) -> Subject:
+    return Subject("MobileNetV1", f"{width}-{resolution}", *network_and_input(width, resolution, batch))
+
+
+def block_and_input(shape: Shape, batch: int) -> tuple[nn.Module, torch.Tensor]:
+    """From one seed, so that the numbers are the same in every run."""
     torch.manual_seed(0)
     module = reference.DepthwiseSeparableBlock(
         shape.in_channels,
@@ -116,28 +173,10 @@ def block(shape: Shape) -> Subject:
     )
     if not shape.depthwise_norm:
         module.bn1 = nn.Identity()
-    return Subject(shape.network, shape.name, module, torch.randn(1, shape.in_channels, shape.size, shape.size))
+    return module, torch.randn(batch, shape.in_channels, shape.size, shape.size)
 
 
-def network(width: float, resolution: int) -> Subject:
+def network_and_input(width: float, resolution: int, batch: int) -> tuple[nn.Module, torch.Tensor]:
+    """From one seed, as above."""
     torch.manual_seed(0)
-    module = reference.MobileNetV1(width_multiplier=width)
-    return Subject("MobileNetV1", f"{width}-{resolution}", module, torch.randn(1, 3, resolution, resolution))
-
-
-def _with_inplace_activations(module: nn.Module) -> nn.Module:
-    for child in module.modules():
-        if isinstance(child, (nn.ReLU, nn.ReLU6, nn.Hardswish)):
-            child.inplace = True
-    return module
-
-
-def _calibrated(module: nn.Module, x: torch.Tensor) -> nn.Module:
-    norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = 1.0
-        nn.init.uniform_(norm.weight, 0.5, 1.5)
-        nn.init.uniform_(norm.bias, -0.5, 0.5)
-    with torch.no_grad():
-        module.train()(x)
-    return module.eval().requires_grad_(False)
+    return reference.MobileNetV1(width_multiplier=width), torch.randn(batch, 3, resolution, resolution)

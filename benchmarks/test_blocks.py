@@ -7,6 +7,8 @@ import pytest
 import shapes
 import subjects
 
+ENGINES = subjects.ENGINES
+
 
 @pytest.fixture(scope="module", params=shapes.BLOCKS, ids=lambda shape: shape.test_id)
 def block(request):

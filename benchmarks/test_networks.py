@@ -7,6 +7,8 @@ import pytest
 import shapes
 import subjects
 
+ENGINES = subjects.ENGINES
+
 
 @pytest.fixture(scope="module", params=shapes.NETWORKS, ids=lambda network: "{}-{}".format(*network))
 def network(request):

@@ -98,8 +98,9 @@ def test_every_benchmark_is_collected(tmp_path, script):
     shapes = script("shapes")
     done = run_from_elsewhere(tmp_path, "-m", "pytest", BENCHMARKS, "--collect-only", "-q", "-p", "no:cacheprovider")
     assert done.returncode == 0, done.stdout + done.stderr
-    variants = 8  # four engines without torch.compile, two formats
-    assert f"{variants * (len(shapes.BLOCKS) + len(shapes.NETWORKS))} tests collected" in done.stdout
+    # Without torch.compile, four engines in inference and two in training, each in two formats.
+    count = 8 * (len(shapes.BLOCKS) + len(shapes.NETWORKS)) + 4 * len(shapes.BLOCKS)
+    assert f"{count} tests collected" in done.stdout
 
 
 def test_variants_compute_the_block(script):
@@ -107,8 +108,8 @@ def test_variants_compute_the_block(script):
     subject = subjects.block(shapes.Shape("net", 9, 17, 7, 2, "hardswish", "none", depthwise_norm=False))
     assert subject.gflop == pytest.approx(2e-9 * 4 * 4 * 9 * (9 + 17))
     with torch.inference_mode():
-        expected = subject.module(subject.x)
-        for variant in subjects.variants():
+        expected = subject.module(*subject.inputs)
+        for variant in subjects.variants(subject.engines):
             torch.testing.assert_close(subject.call(variant)(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -122,21 +123,118 @@ def test_a_wrong_answer_is_not_timed(script, monkeypatch):
         return wrong
 
     monkeypatch.setitem(subjects.ENGINES, "fused", almost)
-    with pytest.raises(RuntimeError, match="fused NCHW gives a wrong answer for net 8 -> 8, 5x5: error"):
+    with pytest.raises(RuntimeError, match="fused NCHW gives a wrong output for net 8 -> 8, 5x5: error"):
         subject.call(subjects.Variant("fused", "NCHW"))
 
 
-def test_compare_writes_what_report_reads(script, monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def tiny_block(script):
+    """What trains on a block of 8 and 16 channels, two images of 5 x 5."""
+    return script("training").block(script("shapes").Shape("net", 8, 16, 5, activation="relu6"), batch=2)
+
+
+def test_training_variants_compute_the_gradients(script, tiny_block):
+    twin = copy.deepcopy(tiny_block.module).double()
+    x, grad_output = (tensor.double() for tensor in tiny_block.inputs)
+    twin(x.requires_grad_()).backward(grad_output)
+    variants = script("subjects").variants(tiny_block.engines)
+    assert [*map(str, variants)] == ["eager NCHW", "eager channels_last", "fused NCHW", "fused channels_last"]
+    for variant in variants:
+        module, *inputs = tiny_block._operands(variant)
+        step = tiny_block._work(module, *inputs)
+        for _ in range(2):  # gradients do not pile up
+            step()
+        torch.testing.assert_close(inputs[0].grad.double(), x.grad, rtol=1e-4, atol=1e-5)
+        for ours, exact in zip(module.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
+        tiny_block.call(variant)()
+    assert tiny_block.gflop == pytest.approx(3 * 2e-9 * 2 * 5 * 5 * 8 * (9 + 16))
+
+
+def wrong_gradient(module):
+    module.bn1.bias.register_hook(lambda gradient: gradient * 1.0001)
+    return module
+
+
+def wrong_gradient_at_the_edge(module):
+    def replace(_, grad_input, grad_output):
+        grad_input[0][0, 0, 0, 0] *= 1.001
+
+    module.dw.register_full_backward_hook(replace)
+    return module
+
+
+def wrong_statistics(module):
+    module.bn2.momentum *= 1.0001
+    return module
+
+
+@pytest.mark.parametrize(
+    ("engine", "part"),
+    [
+        (wrong_gradient, "gradient of bn1.bias"),
+        (wrong_gradient_at_the_edge, "gradient of the input"),
+        (wrong_statistics, "bn2.running_mean"),
+    ],
+)
+def test_a_wrong_training_step_is_not_timed(script, monkeypatch, tiny_block, engine, part):
+    monkeypatch.setitem(script("training").TRAINING_ENGINES, "fused", engine)
+    with pytest.raises(RuntimeError, match=f"fused NCHW gives a wrong {part} for net 8 -> 16, 5x5: error"):
+        tiny_block.call(script("subjects").Variant("fused", "NCHW"))
+
+
+def test_no_rounding_flips_a_derivative(script):
+    """The kinks of the activations lie in gaps between what the BNs give."""
+    subject = script("training").block(script("shapes").Shape("net", 8, 16, 28, activation="relu6"), batch=4)
+    distances = []
+    kinks = torch.tensor([-3.0, 0.0, 3.0, 6.0]).view(-1, 1, 1, 1, 1)
+    for norm in (subject.module.bn1, subject.module.bn2):
+        norm.register_forward_hook(lambda _, inputs, y: distances.append((y - kinks).abs().min().item()))
+    subject.module(subject.inputs[0])
+    assert len(distances) == 2
+    assert min(distances) > 1e-4
+
+
+def test_saved_bytes(script):
+    subject = script("training").block(script("shapes").Shape("net", 8, 16, 5), batch=2)
+    x, p, statistics = 2 * 8 * 25, 2 * 16 * 25, 2 * (8 + 16)
+    assert subject.saved_bytes("eager") == 4 * (3 * x + 2 * p + statistics)  # what each of the six modules keeps
+    assert subject.saved_bytes("fused") == 4 * (x + p + statistics)
+
+
+@pytest.mark.parametrize("subject", ["blocks", "networks", "training-blocks", "training-networks"])
+def test_compare_writes_what_report_reads(script, monkeypatch, tmp_path, capsys, subject):
     compare, report, shapes = script("compare"), script("report"), script("shapes")
     monkeypatch.setattr(shapes, "BLOCKS", [shapes.Shape("net", 8, 8, 5)])
-    output = tmp_path / "blocks.json"
-    assert compare.main(["blocks", "--repeats", "3", "--isa", "portable", "--output", str(output)]) == 0
+    monkeypatch.setattr(shapes, "NETWORKS", [(0.25, 64)])
+    monkeypatch.setattr(shapes, "TRAINING_NETWORKS", [(0.25, 32, 8)])
+    output = tmp_path / "results.json"
+    assert compare.main([subject, "--repeats", "3", "--isa", "portable", "--output", str(output)]) == 0
     written = json.loads(output.read_text())
+    assert written["subject"] == subject
     assert written["machine"]["isa"] == "portable"
     assert written["machine"]["threads"] == 1
     assert written["machine"]["sgemm_gflops"] > 0
-    assert "frozen channels_last" in capsys.readouterr().out
-    assert "| 8 -> 8, 5x5 |" in report.render(written)
+    best = "fused" if subject.startswith("training") else "frozen"
+    assert f"{best} channels_last" in capsys.readouterr().out
+    name = {"networks": "0.25-64", "training-networks": "0.25-32, batch 8"}.get(subject, "8 -> 8, 5x5")
+    table = report.render(written)
+    assert f"| {name} |" in table
+    assert f"*GFLOP/s*: of {best};" in table
+
+
+@pytest.mark.parametrize(("subject", "batches"), [("blocks", [1, 3]), ("training-blocks", [8, 3])])
+def test_compare_batch(script, monkeypatch, tmp_path, subject, batches):
+    compare, shapes = script("compare"), script("shapes")
+    monkeypatch.setattr(shapes, "BLOCKS", [shapes.Shape("net", 8, 8, 5)])
+    output = tmp_path / "results.json"
+    work = []
+    for arguments, batch in zip(([], ["--batch", "3"]), batches, strict=True):
+        assert compare.main([subject, "--repeats", "1", "--output", str(output), *arguments]) == 0
+        written = json.loads(output.read_text())
+        assert written["settings"] == {"batch": batch, "repeats": 1}
+        work.append(written["results"][0]["gflop"] / batch)
+    assert work[0] == pytest.approx(work[1])
 
 
 def test_compare_names_a_wrong_isa(script):
@@ -158,6 +256,20 @@ def test_report_fills_the_markers(script, files):
     assert f"| Other: 8 -> 16, 7x7 | {row}" in head.partition("<details>")[2]
     assert "of 9 calls in turns; half of the quartile range is mostly 2% of it and 2% at worst" in head
     assert tail == README.partition("<!-- blocks:end -->")[2]
+
+
+def test_report_of_training(script):
+    """No frozen column, the bytes kept for the backward, and no batch where each network has its own."""
+    training = document() | {"subject": "training-networks", "settings": {"batch": None, "repeats": 9}}
+    for result in training["results"]:
+        result["times"] = {k: v for k, v in result["times"].items() if not k.startswith("frozen")}
+        result["saved_bytes"] = {"eager": 2**31, "fused": 2**20}
+    table = script("report").render(training)
+    assert "|  | eager | fused | speed, fused | GFLOP/s | of sgemm | MiB, eager | MiB, fused |" in table
+    assert "| 8 -> 16, 7x7 | 4.00 · 3.00 | 2.50 · 2.00 | 1.50x | 45 | 56% | 2048 | 1.00 |" in table
+    assert "Median milliseconds, NCHW · channels_last, of 9 calls in turns" in table
+    assert "*GFLOP/s*: of fused;" in table
+    assert "*MiB*: what autograd keeps" in table
 
 
 def test_report_check(script, files, capsys):

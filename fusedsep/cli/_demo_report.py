@@ -15,6 +15,7 @@ from rich.text import Text
 from ..pretrained.download import Package, Progress
 from ..pretrained.photos import Photo
 from ._demo_results import ENGINES, Answer, class_name
+from ._demo_training import ACCURACY_TOLERANCE, FIRST_STEPS, LOSS_TOLERANCE, TWINS, Twin
 
 _NUMBERS_WIDTH = 48  # characters of the five columns of numbers and of the gaps between all columns
 
@@ -84,9 +85,68 @@ def print_summary(results: dict[str, Any], console: Console) -> None:
     console.print(
         f"largest error of a logit against float64: unfused {errors['unfused']:.1e}, fused {errors['fused']:.1e}, "
         f"frozen {errors['frozen']:.1e}; at most {results['allowed_error']:.1e} (3 x unfused + 4 ulp) is allowed: ",
-        Text("pass", style="green") if results["accurate"] else Text("FAIL", style="bold red"),
+        _verdict(results["accurate"]),
         sep="",
     )
+
+
+@contextmanager
+def training(steps: int, console: Console) -> Iterator[Callable[[dict[str, Twin]], None]]:
+    """Gives a function to call after every step; its bar shows the losses and the last test accuracies."""
+    columns = (
+        progress.TextColumn("training"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.description}", markup=False),
+    )
+    with progress.Progress(*columns, console=console) as bars:
+        task = bars.add_task("", total=steps)
+
+        def after_step(twins: dict[str, Twin]) -> None:
+            states = [
+                f"{name}: loss {twin.losses[-1]:.3f}" + (f", {twin.accuracies[-1]:.1%}" if twin.accuracies else "")
+                for name, twin in twins.items()
+            ]
+            bars.update(task, advance=1, description="   ".join(states))
+
+        yield after_step
+
+
+def print_training(results: dict[str, Any], console: Console) -> None:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for header in ("test accuracy", "step, median ms", "saved for backward, MiB"):
+        table.add_column(header, justify="right")
+    for name in TWINS:
+        table.add_row(
+            name,
+            f"{results['accuracy'][name]:.1%}",
+            f"{results['median_step_ms'][name]:.2f}",
+            f"{results['saved_bytes'][name] / 2**20:.2f}",
+        )
+    console.print(table)
+    saved = results["saved_bytes"]
+    console.print(
+        f"fused: {results['speedup']:.2f}x the speed, {saved['fused'] / saved['unfused']:.0%} of the saved bytes; "
+        f"{results['steps']} steps of both, one after the other"
+    )
+    console.print(
+        f"largest difference of the first {FIRST_STEPS} losses: {results['largest_difference_of_first_losses']:.1e}, "
+        f"less than {LOSS_TOLERANCE:.0e} is allowed: ",
+        _verdict(results["same_losses"]),
+        sep="",
+    )
+    console.print(
+        f"difference of the test accuracies: {100 * results['difference_of_accuracies']:.1f} points, "
+        f"less than {100 * ACCURACY_TOLERANCE:.0f} is allowed: ",
+        _verdict(results["same_accuracy"]),
+        sep="",
+    )
+
+
+def _verdict(passed: bool) -> Text:
+    return Text("pass", style="green") if passed else Text("FAIL", style="bold red")
 
 
 def _agreement(answer: Answer, names: Sequence[str]) -> Text:

@@ -21,7 +21,7 @@ _WARM_UP = 2  # calls that are not timed: allocation, weight packing, caches
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Largest errors against float64, and the rule that judges them."""
+    """Errors against float64, and the rule that judges them."""
 
     error: float
     torch_error: float  # of the same thing without fusedsep, in the same dtype
@@ -39,21 +39,26 @@ class Accuracy:
         return self.error / self.allowed if self.allowed > 0 else 0.0
 
 
-def compare(ours: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor) -> Accuracy:
-    """Judge ``ours`` by ``error <= 3 * error of torchs + ulps * eps * max|exact|``.
+def compare(ours: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor, order: float = math.inf) -> Accuracy:
+    """Judge ``ours`` by ``error <= 3 * error of torchs + ulps * eps * |exact|``.
 
     Args:
         torchs: the unfused result in the dtype of ``ours``.
         exact: the unfused result in float64.
+        order: of the norm that makes one number of a difference and of ``exact``; the largest element by default.
     """
-    torch_error = largest_difference(torchs, exact)
-    slack = _ULPS[ours.dtype] * torch.finfo(ours.dtype).eps * exact.abs().max().item()
-    return Accuracy(largest_difference(ours, exact), torch_error, _FACTOR * torch_error + slack)
+    torch_error = _norm(torchs.double() - exact, order)
+    slack = _ULPS[ours.dtype] * torch.finfo(ours.dtype).eps * _norm(exact, order)
+    return Accuracy(_norm(ours.double() - exact, order), torch_error, _FACTOR * torch_error + slack)
 
 
 def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """``max|a - b|`` in float64; NaN if either holds one."""
-    return (a.double() - b.double()).abs().max().item()
+    return _norm(a.double() - b.double(), math.inf)
+
+
+def _norm(x: torch.Tensor, order: float) -> float:
+    return torch.linalg.vector_norm(x, order).item()
 
 
 @dataclass(frozen=True)
@@ -78,10 +83,16 @@ class Times:
         return {"median_ms": self.median, "spread_ms": self.spread, "samples_ms": list(self.samples)}
 
 
-def time_interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Times]:
-    """Time every call ``repeats`` times, in turns, so that a change of clock or load meets all of them alike."""
+def time_interleaved(
+    calls: Mapping[str, Callable[[], object]], repeats: int, *, inference: bool = True
+) -> dict[str, Times]:
+    """Time every call ``repeats`` times, in turns, so that a change of clock or load meets all of them alike.
+
+    Args:
+        inference: under ``torch.inference_mode()``.
+    """
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    with torch.inference_mode():
+    with torch.inference_mode(inference):
         for call in calls.values():
             for _ in range(_WARM_UP):
                 call()

