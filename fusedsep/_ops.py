@@ -85,7 +85,9 @@ def _(x, *operands_and_settings):  # type: ignore[no-untyped-def]
     for mode, channels in ((settings.bn1_mode, in_channels), (settings.bn2_mode, out_channels)):
         size = channels if mode == BATCH_STATISTICS else 0
         statistics += [x.new_empty(size), x.new_empty(size)]
-    y, p = (_map(x, out_channels, *settings[4:10], settings.channels_last) for _ in range(2))
+    y = _map(x, out_channels, *settings[4:10], settings.channels_last)
+    # The product is in the format that the kernels run in (csrc/bindings/training_call.h).
+    p = _map(x, out_channels, *settings[4:10], settings.channels_last or x.shape[3] < 32)
     return y, p, *statistics
 
 

@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import torch
 from cases import Case
 from hypothesis import assume, given, settings
-from training_reference import arguments, outcome, outcome_of_torch
+from training_reference import arguments, outcome, outcome_of_passes, outcome_of_torch
 
 EXAMPLES = settings(max_examples=150, deadline=None, derandomize=bool(os.environ.get("CI")))
 
@@ -48,5 +48,7 @@ def any_case(draw):
 def test_any_geometry(case, modes, bias, channels_last, seed):
     exact = arguments(case, modes, bias, seed, distance=1e-9)
     # BN of nearly equal values divides by a small number, whose rounding is the result's.
-    for ours, expected in zip(outcome(exact, torch.double, channels_last), outcome_of_torch(exact), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-7, atol=1e-9 * max(1.0, expected.abs().max().item()))
+    expected_ones = outcome_of_torch(exact)
+    for run in (outcome, outcome_of_passes):
+        for ours, expected in zip(run(exact, torch.double, channels_last), expected_ones, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-7, atol=1e-9 * max(1.0, expected.abs().max().item()))

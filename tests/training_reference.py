@@ -201,3 +201,57 @@ def outcome(given: Arguments, dtype=torch.double, channels_last=False) -> list[t
         for statistic in pair
     ]
     return [outputs[0], *statistics, *(g for bit, g in enumerate(gradients) if wanted >> bit & 1)]
+
+
+def outcome_of_passes(given: Arguments, dtype=torch.double, channels_last=False) -> list[torch.Tensor]:
+    """By the passes as operators, which run in the memory format that they are given; otherwise as :func:`outcome`."""
+    case, count = given.case, given.case.batch * given.case.out_shape[2] * given.case.out_shape[3]
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x, grad_y = (t.to(dtype).contiguous(memory_format=memory_format) for t in (given.x, given.grad_y))
+    dw_weight, pw_weight = given.operands[0].to(dtype), given.operands[6].to(dtype)
+    geometry = (case.stride, case.dilation, *case.pads)
+    act1, act2 = ACTIVATION_CODES[case.activation], ACTIVATION_CODES[case.pointwise_activation]
+
+    def affine(level, statistics):
+        """The three rows, the statistics with the bias, and 1 / sqrt(variance + eps)."""
+        _, bias, gamma, beta, mean, variance = given.operands[6 * level : 6 * level + 6]
+        zero = torch.zeros_like(statistics[0])
+        bias, mode = zero if bias is None else bias, given.modes[level]
+        if mode == 0:
+            return torch.stack([-bias, zero + 1, zero]), None, zero + 1
+        mean, variance = (statistics[0] + bias, statistics[1]) if mode == 2 else (mean, variance)
+        inverse = torch.rsqrt(variance + EPS[level])
+        return torch.stack([mean - bias, gamma * inverse, beta]), (mean, variance), inverse
+
+    def correction(level, sums, inverse):
+        if given.modes[level] != 2:
+            return torch.zeros_like(sums)
+        return torch.stack([inverse**2 * sums[1], sums[0]]) / count
+
+    def gradients(level, weight, sums, rows, inverse):
+        _, bias, gamma, *_ = given.operands[6 * level : 6 * level + 6]
+        of_bias = torch.zeros_like(sums[0]) if given.modes[level] == 2 else rows[1] * sums[0]
+        vectors = [] if bias is None else [of_bias]
+        vectors += [] if gamma is None else [inverse * sums[1], sums[0]]
+        return [weight, *(vector.to(dtype) for vector in vectors)]
+
+    affine1, statistics1, inverse1 = affine(0, _ops.depthwise_statistics(x, dw_weight, *geometry, channels_last))
+    p, statistics = _ops.separable_products(x, dw_weight, pw_weight, affine1, *geometry, act1, channels_last)
+    affine2, statistics2, inverse2 = affine(1, statistics)
+    y = _ops.normalize(p, affine2, act2, channels_last)
+    sums2 = _ops.normalize_backward_reduce(grad_y, p, affine2, act2, channels_last)
+    correction2 = correction(1, sums2, inverse2)
+    maps, rest = (grad_y, x, p, dw_weight, pw_weight), (*geometry, act1, act2, channels_last, True, True)
+    g1, grad_pw_weight, sums1 = _ops.pointwise_backward(*maps, affine1, affine2, correction2, *rest)
+    correction1 = correction(0, sums1, inverse1)
+    grad_x, grad_dw_weight = _ops.depthwise_backward(
+        g1, x, dw_weight, affine1, correction1, *geometry, channels_last, True, True
+    )
+    statistics = [
+        statistic.to(dtype)
+        for mode, pair in zip(given.modes, (statistics1, statistics2), strict=True)
+        if mode == 2
+        for statistic in pair
+    ]
+    first = gradients(0, grad_dw_weight, sums1, affine1, inverse1)
+    return [y, *statistics, grad_x, *first, *gradients(1, grad_pw_weight, sums2, affine2, inverse2)]

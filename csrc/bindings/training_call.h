@@ -56,12 +56,15 @@ struct Call {
   std::array<int64_t, 4> out_sizes() const { return {batch, out_channels, out_height, out_width}; }
   double count() const { return double(batch) * double(out_height) * double(out_width); }
 
+  // NCHW fills vectors with pixels of a row. Where rows are shorter than two of the longest vectors, copies in
+  // channels_last cost less than what the cut vectors lose. The fake kernels in fusedsep/_ops.py know this rule.
+  bool runs_channels_last() const { return channels_last || width < 32; }
+
+  // Of kernels that run in one memory format, on maps that are in it.
   template <typename T>
-  TrainingParams<T> params(const Tensor& x, int64_t activation, int64_t pointwise_activation) const {
+  TrainingParams<T> params(const T* x, int64_t activation, int64_t pointwise_activation, bool in_channels_last) const {
     TrainingParams<T> params{};
-    // Maps of one pixel lie in memory alike in both formats, and channels are what they have many of.
-    const bool is_run_of_pixels = channels_last || (height * width == 1 && out_height * out_width == 1);
-    params.conv = {x.const_data_ptr<T>(),
+    params.conv = {x,
                    nullptr,
                    nullptr,
                    batch,
@@ -75,7 +78,7 @@ struct Call {
                    geometry.dilation,
                    geometry.pad_top,
                    geometry.pad_left,
-                   is_run_of_pixels,
+                   in_channels_last,
                    Activation::kNone,
                    Activation::kNone};
     params.activation = Activation(activation);
@@ -124,6 +127,61 @@ inline void check_dense_map(const char* name, const Tensor& map, const std::arra
   STD_TORCH_CHECK(is_dense(map, sizes, channels_last), name, " must be contiguous in ",
                   channels_last ? "channels_last" : "NCHW", " memory format");
 }
+
+// Images from one memory format to the other.
+template <typename T>
+void transpose_images(const T* from, const std::array<int64_t, 4>& sizes, bool to_channels_last, T* to) {
+  const int64_t channels = sizes[1], pixels = sizes[2] * sizes[3], image = channels * pixels;
+  const auto& kernels = active_isa().training<T>();
+  TorchParallelFor()(sizes[0], [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      kernels.transpose(from + i * image, to_channels_last ? channels : pixels, to_channels_last ? pixels : channels,
+                        to + i * image);
+    }
+  });
+}
+
+// A map that is read, in the memory format that the kernels want.
+template <typename T>
+class Incoming {
+ public:
+  Incoming(const Tensor& map, const std::array<int64_t, 4>& sizes, bool channels_last, bool wants_channels_last)
+      : map_(map) {
+    if (channels_last == wants_channels_last || sizes[2] * sizes[3] == 1) return;
+    map_ = empty_map(sizes, wants_channels_last, map.scalar_type());
+    transpose_images(map.const_data_ptr<T>(), sizes, wants_channels_last, map_.mutable_data_ptr<T>());
+  }
+  const T* data() const { return map_.const_data_ptr<T>(); }
+
+ private:
+  Tensor map_;
+};
+
+// A map that the kernels write in the memory format that they want.
+template <typename T>
+class Outgoing {
+ public:
+  Outgoing(const std::array<int64_t, 4>& sizes, bool channels_last, bool wants_channels_last)
+      : sizes_(sizes),
+        channels_last_(channels_last),
+        map_(empty_map(sizes, channels_last, kScalarType<T>)),
+        written_(channels_last == wants_channels_last || sizes[2] * sizes[3] == 1
+                     ? map_
+                     : empty_map(sizes, wants_channels_last, kScalarType<T>)) {}
+  T* data() { return written_.mutable_data_ptr<T>(); }
+  // When it is written.
+  Tensor map() {
+    if (map_.get() != written_.get()) {
+      transpose_images(written_.const_data_ptr<T>(), sizes_, channels_last_, map_.mutable_data_ptr<T>());
+    }
+    return map_;
+  }
+
+ private:
+  std::array<int64_t, 4> sizes_;
+  bool channels_last_;
+  Tensor map_, written_;
+};
 
 template <typename T>
 auto run_of(const TrainingParams<T>& params) {

@@ -78,13 +78,16 @@ Six separable_conv2d_training(const Tensor& x, const Tensor& dw_weight, const Ve
 
   return dispatch(x, [&](auto zero) -> Six {
     using T = decltype(zero);
-    Tensor p = empty_map(call.out_sizes(), channels_last, dtype), y = empty_map(call.out_sizes(), channels_last, dtype);
+    const bool in_channels_last = call.runs_channels_last();
+    const Incoming<T> own_x(x, call.in_sizes(), channels_last, in_channels_last);
+    Tensor p = empty_map(call.out_sizes(), in_channels_last, dtype);
+    Outgoing<T> y(call.out_sizes(), channels_last, in_channels_last);
     Norm<T> norm1 = modules.norm1<T>(call), norm2 = modules.norm2<T>(call);
-    auto run = run_of(call.params<T>(x, activation, pointwise_activation));
+    auto run = run_of(call.params<T>(own_x.data(), activation, pointwise_activation, in_channels_last));
     run.params.conv.y = p.mutable_data_ptr<T>();
-    run.params.y = y.mutable_data_ptr<T>();
+    run.params.y = y.data();
     const bool keep_d = norm1.statistics == Statistics::kBatch;  // two passes want it
-    Tensor d = keep_d ? empty_map(call.hidden_sizes(), channels_last, dtype) : nothing(dtype);
+    Tensor d = keep_d ? empty_map(call.hidden_sizes(), in_channels_last, dtype) : nothing(dtype);
     run.params.d = keep_d ? d.mutable_data_ptr<T>() : nullptr;
     run.pack(dw_weight.const_data_ptr<T>(), pw_weight.const_data_ptr<T>(), false);
 
@@ -97,7 +100,7 @@ Six separable_conv2d_training(const Tensor& x, const Tensor& dw_weight, const Ve
                                                [&](double* mean, double* variance) { run.forward(mean, variance); });
     run.params.affine2 = norm2.affine();
     run.normalize();
-    return {y, p, mean1, var1, mean2, var2};
+    return {y.map(), p, mean1, var1, mean2, var2};
   });
 }
 
@@ -117,7 +120,7 @@ Nine separable_conv2d_training_backward(const Tensor& grad_y, const Tensor& x, c
                         bn2_weight, bn2_bias, bn2_mean,   bn2_var,  bn1_mode, bn1_eps, bn2_mode,  bn2_eps};
   modules.check(call, dtype, true);
   check_map("grad_y", grad_y, call.out_sizes(), dtype);
-  check_dense_map("p", p, call.out_sizes(), dtype, channels_last);
+  check_map("p", p, call.out_sizes(), dtype);
 
   enum { kX, kDwWeight, kDwBias, kBn1Weight, kBn1Bias, kPwWeight, kPwBias, kBn2Weight, kBn2Bias };
   const auto wants = [wanted](int i) { return (wanted >> i & 1) != 0; };
@@ -126,15 +129,19 @@ Nine separable_conv2d_training_backward(const Tensor& grad_y, const Tensor& x, c
 
   return dispatch(x, [&](auto zero) -> Nine {
     using T = decltype(zero);
-    const Tensor gradient = dense(grad_y, call.out_sizes(), channels_last);
+    const bool in_channels_last = call.runs_channels_last();
+    const Incoming<T> own_x(x, call.in_sizes(), channels_last, in_channels_last);
+    const Tensor own_p = dense(p, call.out_sizes(), in_channels_last);  // whoever kept it may have laid it out anew
+    const Tensor dense_grad_y = dense(grad_y, call.out_sizes(), channels_last);
+    const Incoming<T> own_grad_y(dense_grad_y, call.out_sizes(), channels_last, in_channels_last);
     Norm<T> norm1 = modules.norm1<T>(call), norm2 = modules.norm2<T>(call);
     norm1.set_statistics(bn1_mode == 0 ? nullptr : bn1_mean->const_data_ptr<T>(),
                          bn1_mode == 0 ? nullptr : bn1_var->const_data_ptr<T>());
     norm2.set_statistics(bn2_mode == 0 ? nullptr : bn2_mean->const_data_ptr<T>(),
                          bn2_mode == 0 ? nullptr : bn2_var->const_data_ptr<T>());
-    auto run = run_of(call.params<T>(x, activation, pointwise_activation));
-    run.params.conv.y = const_cast<T*>(p.const_data_ptr<T>());
-    run.params.grad_y = gradient.const_data_ptr<T>();
+    auto run = run_of(call.params<T>(own_x.data(), activation, pointwise_activation, in_channels_last));
+    run.params.conv.y = const_cast<T*>(own_p.const_data_ptr<T>());
+    run.params.grad_y = own_grad_y.data();
     run.params.affine1 = norm1.affine();
     run.params.affine2 = norm2.affine();
 
@@ -147,7 +154,7 @@ Nine separable_conv2d_training_backward(const Tensor& grad_y, const Tensor& x, c
     Channels sum1(size_t(norm1.padded())), moment1(sum1.size());
     if (wants_g1 || wants(kPwWeight)) {
       run.pack(dw_weight.const_data_ptr<T>(), pw_weight.const_data_ptr<T>(), true);
-      if (wants_g1) g1 = empty_map(call.hidden_sizes(), channels_last, dtype);
+      if (wants_g1) g1 = empty_map(call.hidden_sizes(), in_channels_last, dtype);
       if (wants(kPwWeight)) grad_pw_weight = empty_map({call.out_channels, call.in_channels, 1, 1}, false, dtype);
       run.params.g1 = g1.mutable_data_ptr<T>();
       run.pointwise_backward(wants_g1 ? sum1.data() : nullptr, moment1.data(),
@@ -155,10 +162,12 @@ Nine separable_conv2d_training_backward(const Tensor& grad_y, const Tensor& x, c
     }
     if (wants_depthwise) {
       run.params.correction1 = norm1.correction(sum1, moment1, call.count());
-      if (wants(kX)) grad_x = empty_map(call.in_sizes(), channels_last, dtype);
+      std::optional<Outgoing<T>> own_grad_x;
+      if (wants(kX)) own_grad_x.emplace(call.in_sizes(), channels_last, in_channels_last);
       if (wants(kDwWeight)) grad_dw_weight = empty_map({call.in_channels, 1, 3, 3}, false, dtype);
-      run.params.grad_x = wants(kX) ? grad_x.mutable_data_ptr<T>() : nullptr;
+      run.params.grad_x = wants(kX) ? own_grad_x->data() : nullptr;
       run.depthwise_backward(wants(kDwWeight) ? grad_dw_weight.mutable_data_ptr<T>() : nullptr);
+      if (wants(kX)) grad_x = own_grad_x->map();
     }
     return {grad_x,
             grad_dw_weight,

@@ -60,7 +60,7 @@ Tensor depthwise_statistics(const Tensor& x, const Tensor& dw_weight, int64_t st
   const Call call(x, dw_weight, 1, {stride, dilation, pad_left, pad_right, pad_top, pad_bottom, 0, 0}, channels_last);
   return dispatch(x, [&](auto zero) {
     using T = decltype(zero);
-    auto run = run_of(call.params<T>(x, 0, 0));
+    auto run = run_of(call.params<T>(x.const_data_ptr<T>(), 0, 0, channels_last));
     const std::vector<T> no_weight(size_t(call.in_channels));
     run.pack(dw_weight.const_data_ptr<T>(), no_weight.data(), false);
     Channels mean(size_t(padded_channels(call.in_channels))), variance(mean.size());
@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor> separable_products(const Tensor& x, const Tensor& dw_
   return dispatch(x, [&](auto zero) -> std::tuple<Tensor, Tensor> {
     using T = decltype(zero);
     Tensor p = empty_map(call.out_sizes(), channels_last, x.scalar_type());
-    auto run = run_of(call.params<T>(x, activation, 0));
+    auto run = run_of(call.params<T>(x.const_data_ptr<T>(), activation, 0, channels_last));
     const auto rows = rows_of<T>(affine1);
     run.params.affine1 = affine_of(rows);
     run.params.conv.y = p.mutable_data_ptr<T>();
@@ -166,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_backward(
     Tensor g1 = want_g1 ? empty_map(call.hidden_sizes(), channels_last, dtype) : nothing(dtype);
     Tensor grad_weight =
         want_weight ? empty_map({call.out_channels, call.in_channels, 1, 1}, false, dtype) : nothing(dtype);
-    auto run = run_of(call.params<T>(x, activation, pointwise_activation));
+    auto run = run_of(call.params<T>(x.const_data_ptr<T>(), activation, pointwise_activation, channels_last));
     const auto rows1 = rows_of<T>(affine1), rows2 = rows_of<T>(affine2), rows3 = rows_of<T>(correction2);
     run.params.affine1 = affine_of(rows1);
     run.params.affine2 = affine_of(rows2);
@@ -195,7 +195,7 @@ std::tuple<Tensor, Tensor> depthwise_backward(const Tensor& g1, const Tensor& x,
     using T = decltype(zero);
     Tensor grad_x = want_x ? empty_map(call.in_sizes(), channels_last, dtype) : nothing(dtype);
     Tensor grad_weight = want_weight ? empty_map({call.in_channels, 1, 3, 3}, false, dtype) : nothing(dtype);
-    auto run = run_of(call.params<T>(x, 0, 0));
+    auto run = run_of(call.params<T>(x.const_data_ptr<T>(), 0, 0, channels_last));
     const auto rows1 = rows_of<T>(affine1), rows2 = rows_of<T>(correction1);
     run.params.affine1 = affine_of(rows1);
     run.params.correction1 = correction_of(rows2);

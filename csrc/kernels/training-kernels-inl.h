@@ -20,6 +20,7 @@ TrainingKernels<typename V::T> training_kernels() {
   kernels.tile_columns = Tiling<V>::kTileColumns;
   kernels.packed_size = training_packed_size<V>;
   kernels.pack = pack_training<V>;
+  kernels.transpose = transpose<V>;
   kernels.scratch_size = training_scratch_size<V>;
   kernels.depthwise_statistics = [](const Params& p, const Tile& tile, T* scratch, double* sums) {
     const auto run = p.conv.channels_last ? depthwise_statistics<V, true> : depthwise_statistics<V, false>;

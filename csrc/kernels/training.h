@@ -82,6 +82,9 @@ struct TrainingKernels {
   void (*pack)(const T* depthwise_weight, const T* pointwise_weight, int64_t in_channels, int64_t out_channels,
                bool channels_last, bool transposed, T* packed);
 
+  // to[c][r] = from[r][c]: a map of one image from one memory format to the other.
+  void (*transpose)(const T* from, int64_t rows, int64_t columns, T* to);
+
   // Elements of scratch of the passes below for a tile of `pixels`.
   int64_t (*scratch_size)(int64_t in_channels, int64_t out_channels, int64_t pixels, bool channels_last);
 
