@@ -12,6 +12,7 @@ from ._padding import output_size
 
 pack = torch.ops.fusedsep.pack.default
 separable_conv2d = torch.ops.fusedsep.separable_conv2d.default
+chain = torch.ops.fusedsep.chain.default
 separable_conv2d_training = torch.ops.fusedsep.separable_conv2d_training.default
 separable_conv2d_training_backward = torch.ops.fusedsep.separable_conv2d_training_backward.default
 depthwise_statistics = torch.ops.fusedsep.depthwise_statistics.default
@@ -23,6 +24,25 @@ depthwise_backward = torch.ops.fusedsep.depthwise_backward.default
 
 #: Mode of a BN in the training operators.
 NO_NORM, FIXED_STATISTICS, BATCH_STATISTICS = 0, 1, 2
+
+
+#: What a layer of a chain multiplies with its pointwise weights (csrc/kernels/separable.h).
+DEPTHWISE, PATCHES, PATCHES_OF_NCHW, MEANS = 0, 1, 2, 3
+
+
+class ChainLayer(NamedTuple):
+    """One layer of the chain operator, in the order of its numbers."""
+
+    rows: int
+    out_channels: int
+    stride: int
+    dilation: int
+    pad_left: int
+    pad_right: int
+    pad_top: int
+    pad_bottom: int
+    activation: int
+    pointwise_activation: int
 
 
 class Operands(NamedTuple):
@@ -75,6 +95,17 @@ def _(dw_weight, dw_scale, dw_bias, pw_weight, pw_scale, pw_bias, channels_last)
 def _(x, packed, out_channels, *geometry_and_activations):  # type: ignore[no-untyped-def]
     *geometry, _, _, channels_last = geometry_and_activations
     return _map(x, out_channels, *geometry, channels_last)
+
+
+@torch.library.register_fake("fusedsep::chain")
+def _(x, packed, layers):  # type: ignore[no-untyped-def]
+    numbers = len(ChainLayer._fields)
+    for i in range(0, len(layers), numbers):
+        rows, out_channels, *geometry, _, _ = layers[i : i + numbers]
+        if rows == MEANS:
+            return x.new_empty((x.shape[0], out_channels))
+        x = _map(x, out_channels, *geometry, True)
+    return x
 
 
 @torch.library.register_fake("fusedsep::separable_conv2d_training")

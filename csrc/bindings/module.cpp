@@ -82,7 +82,7 @@ Array<T> separable_conv2d(const Array<T>& x, const Array<T>& dw_weight, const st
   params.packed = weights;
   Plan plan = plan_for(kernels, params, threads);
   if (tiles_per_image > 0) {
-    const int64_t pixels = params.out_height * params.out_width;
+    const int64_t pixels = TiledMaps(params).pixels;
     check_range("tiles_per_image", tiles_per_image, (pixels + kMaxTilePixels - 1) / kMaxTilePixels, pixels);
     plan.unit = 1;
     plan.tiles_per_image = tiles_per_image;

@@ -3,6 +3,7 @@
 // Runs a planned call: tiles, threads and their scratch.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -51,6 +52,10 @@ class Workspace {
     }
     return memory_.get();
   }
+  void release() {
+    memory_.reset();
+    size_ = 0;
+  }
 
  private:
   struct Free {
@@ -60,35 +65,57 @@ class Workspace {
   size_t size_ = 0;
 };
 
+// The maps that are cut into tiles: in channels_last the pixels of all images follow on each other, as those of one.
+struct TiledMaps {
+  int64_t count, pixels;
+
+  template <typename T>
+  explicit TiledMaps(const SeparableParams<T>& p)
+      : count(p.channels_last && p.batch > 0 ? 1 : p.batch),
+        pixels(p.out_height * p.out_width * (p.channels_last && p.batch > 0 ? p.batch : 1)) {}
+};
+
 template <typename T>
 Plan plan_for(const SeparableKernels<T>& kernels, const SeparableParams<T>& params, int64_t threads) {
-  return make_plan({params.batch, params.in_channels, params.out_channels, params.out_height * params.out_width,
-                    int64_t(sizeof(T)), kernels.lanes, kernels.tile_rows, kernels.tile_columns, params.channels_last,
-                    threads});
+  const TiledMaps maps(params);
+  return make_plan({maps.count, params.in_channels, params.out_channels, maps.pixels, int64_t(sizeof(T)), kernels.lanes,
+                    kernels.tile_rows, kernels.tile_columns, params.channels_last, threads});
 }
+
+// How much scratch the jobs of a plan need.
+template <typename T>
+struct ScratchSizes {
+  int64_t jobs, workers;
+  int64_t of_worker, size;  // elements
+
+  ScratchSizes(const SeparableKernels<T>& kernels, const SeparableParams<T>& params, const Plan& plan,
+               int64_t threads) {
+    const TiledMaps maps(params);
+    const int64_t tiles = plan.tiles_per_image, units = (maps.pixels + plan.unit - 1) / plan.unit;
+    jobs = maps.count * tiles;
+    workers = plan.share_tiles ? 1 : std::min(jobs, threads);
+    of_worker = kernels.scratch_size(params.in_channels, (units + tiles - 1) / tiles * plan.unit, params.channels_last);
+    of_worker = (of_worker + 15) / 16 * 16;
+    size = workers * of_worker;
+  }
+};
 
 // `parallel_for(n, f)` calls f(begin, end) for ranges that cover [0, n), at most `threads` of them at a time.
 template <typename T, class ParallelFor>
 void run_separable(const SeparableKernels<T>& kernels, const SeparableParams<T>& params, const Plan& plan,
-                   int64_t threads, const ParallelFor& parallel_for) {
-  static thread_local Workspace workspace;
-  const int64_t out_pixels = params.out_height * params.out_width, tiles = plan.tiles_per_image;
-  const int64_t jobs = params.batch * tiles;
-  if (jobs == 0) return;
-  const int64_t units = (out_pixels + plan.unit - 1) / plan.unit;
-  const int64_t most_pixels = (units + tiles - 1) / tiles * plan.unit;
-  const int64_t scratch_size =
-      (kernels.scratch_size(params.in_channels, most_pixels, params.channels_last) + 15) / 16 * 16;
+                   int64_t threads, const ParallelFor& parallel_for, T* scratch) {
+  const TiledMaps maps(params);
+  const int64_t tiles = plan.tiles_per_image;
+  const ScratchSizes<T> sizes(kernels, params, plan, threads);
   const auto tile_at = [&](int64_t job) {
-    const Range pixels = tile_pixels(plan, out_pixels, job % tiles);
+    const Range pixels = tile_pixels(plan, maps.pixels, job % tiles);
     return Tile{job / tiles, pixels.begin, pixels.end};
   };
   const int64_t panels = kernels.panel_count(params.out_channels, params.channels_last);
 
   if (plan.share_tiles) {
-    T* scratch = static_cast<T*>(workspace.get(size_t(scratch_size) * sizeof(T)));
     const int64_t vectors = (params.in_channels + kernels.lanes - 1) / kernels.lanes;
-    for (int64_t job = 0; job < jobs; ++job) {
+    for (int64_t job = 0; job < sizes.jobs; ++job) {
       const Tile tile = tile_at(job);
       parallel_for(vectors, [&](int64_t begin, int64_t end) {
         const int64_t channel_end = end == vectors ? params.in_channels : end * kernels.lanes;
@@ -99,18 +126,26 @@ void run_separable(const SeparableKernels<T>& kernels, const SeparableParams<T>&
     return;
   }
   // One range of jobs, and one scratch, for each worker.
-  const int64_t workers = jobs < threads ? jobs : threads;
-  T* const scratch = static_cast<T*>(workspace.get(size_t(workers * scratch_size) * sizeof(T)));
-  parallel_for(workers, [&](int64_t begin, int64_t end) {
+  parallel_for(sizes.workers, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
-      T* own = scratch + worker * scratch_size;
-      for (int64_t job = worker * jobs / workers; job < (worker + 1) * jobs / workers; ++job) {
+      T* own = scratch + worker * sizes.of_worker;
+      for (int64_t job = worker * sizes.jobs / sizes.workers; job < (worker + 1) * sizes.jobs / sizes.workers; ++job) {
         const Tile tile = tile_at(job);
         kernels.depthwise(params, tile, 0, params.in_channels, own);
         kernels.pointwise(params, tile, 0, panels, own);
       }
     }
   });
+}
+
+// The same with scratch that the calling thread keeps.
+template <typename T, class ParallelFor>
+void run_separable(const SeparableKernels<T>& kernels, const SeparableParams<T>& params, const Plan& plan,
+                   int64_t threads, const ParallelFor& parallel_for) {
+  static thread_local Workspace workspace;
+  const int64_t size = ScratchSizes<T>(kernels, params, plan, threads).size;
+  if (size == 0) return;
+  run_separable(kernels, params, plan, threads, parallel_for, static_cast<T*>(workspace.get(size_t(size) * sizeof(T))));
 }
 
 }  // namespace fusedsep

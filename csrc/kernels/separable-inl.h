@@ -5,6 +5,7 @@
 #pragma once
 
 #include "depthwise-inl.h"
+#include "ends-inl.h"
 #include "pack-inl.h"
 #include "pointwise-inl.h"
 #include "separable.h"
@@ -25,7 +26,11 @@ int64_t scratch_size(int64_t in_channels, int64_t pixels, bool channels_last) {
 template <class V>
 void depthwise(const SeparableParams<typename V::T>& params, const Tile& tile, int64_t channel_begin,
                int64_t channel_end, typename V::T* scratch) {
-  if (params.channels_last) {
+  if (params.rows == Rows::kMeans) {
+    means<V>(params, tile, channel_begin, channel_end, scratch);
+  } else if (params.rows != Rows::kDepthwise) {
+    patches<V>(params, tile, channel_begin, channel_end, scratch);
+  } else if (params.channels_last) {
     depthwise_channels_last<V>(params, tile, channel_begin, channel_end, scratch);
   } else if (params.stride == 1) {
     depthwise_nchw<V, 1>(params, tile, channel_begin, channel_end, scratch);

@@ -32,6 +32,18 @@ namespace fusedsep {
 enum class Activation : int32_t { kNone = 0, kRelu = 1, kRelu6 = 2, kHardswish = 3 };
 constexpr int kActivationCount = 4;
 
+// What `h` is. Besides the depthwise stage, which gives this library its name, there are the two that the ends of a
+// network need, so that their products run in the same kernels; these are for channels_last alone.
+enum class Rows : int32_t {
+  kDepthwise = 0,
+  // 3x3 patches of an image, which make a product of a whole convolution (im2col): h[(u*3 + v)*C + c] is
+  // x[n, c, i*S + u*D - pad_top, j*S + v*D - pad_left], with C = in_channels / 9 channels in x.
+  kPatches = 1,
+  kPatchesOfNchw = 2,  // the same from x in NCHW
+  // The mean of each map, for a product that is a classifier: out_height = out_width = 1.
+  kMeans = 3,
+};
+
 // One call: a batch of maps through one depthwise-separable convolution.
 template <typename T>
 struct SeparableParams {
@@ -46,6 +58,8 @@ struct SeparableParams {
   int64_t pad_top, pad_left;
   bool channels_last;
   Activation activation, pointwise_activation;
+  Rows rows = Rows::kDepthwise;  // in_channels counts those of h; only a depthwise stage has an activation and packed
+                                 // weights of its own
 };
 
 // Output pixels [begin, end) of an image; at least one and at most kMaxTilePixels. In channels_last the pixels of the

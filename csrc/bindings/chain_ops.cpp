@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// The operator of a chain of layers.
+#include <torch/csrc/stable/library.h>
+
+#include <vector>
+
+#include "geometry.h"
+#include "run_chain.h"
+#include "tensors.h"
+
+namespace fusedsep {
+namespace {
+
+// One layer among the numbers that describe a chain, in their order.
+constexpr size_t kNumbersPerLayer = 10;
+struct Layer {
+  Rows rows;
+  int64_t out_channels;
+  Geometry geometry;
+
+  explicit Layer(const int64_t* n)
+      : rows(Rows(n[0])), out_channels(n[1]), geometry{n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9]} {
+    check_range("a layer's rows", n[0], 0, 3);
+    check_range("a layer's out_channels", out_channels, 1, int64_t(1) << 40);
+    check_geometry(geometry);
+  }
+};
+
+template <typename T>
+Tensor chain_as(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& numbers) {
+  const Isa& isa = active_isa();
+  const auto& kernels = isa.separable<T>();
+  constexpr int64_t kHeaderSize = int64_t(sizeof(PackedHeader) / sizeof(T));
+  const T* const weights = packed.const_data_ptr<T>();
+  const int64_t batch = x.size(0), weights_size = packed.size(0);
+  int64_t channels = x.size(1), height = x.size(2), width = x.size(3), offset = 0;
+
+  std::vector<SeparableParams<T>> layers;
+  for (size_t i = 0; i < numbers.size(); i += kNumbersPerLayer) {
+    const Layer layer(numbers.data() + i);
+    const Geometry& g = layer.geometry;
+    const bool patches = layer.rows == Rows::kPatches || layer.rows == Rows::kPatchesOfNchw;
+    STD_TORCH_CHECK(!patches || i == 0, "a whole convolution must be the first layer of a chain");
+    STD_TORCH_CHECK(layers.empty() || layers.back().rows != Rows::kMeans, "nothing may follow the means of a chain");
+    SeparableParams<T> params{};
+    params.rows = layer.rows;
+    params.in_channels = patches ? 9 * channels : channels;
+    params.height = height;
+    params.width = width;
+    params.out_channels = layer.out_channels;
+    if (layer.rows == Rows::kMeans) {
+      STD_TORCH_CHECK(height > 0 && width > 0, "x is too small: a map without a pixel has no mean");
+      params.out_height = params.out_width = 1;
+    } else {
+      params.out_height = output_size("height", height, g.pad_top, g.pad_bottom, g);
+      params.out_width = output_size("width", width, g.pad_left, g.pad_right, g);
+    }
+    element_count(batch, params.out_channels, params.out_height, params.out_width);
+    element_count(batch, params.in_channels, params.height, params.width);
+    params.stride = g.stride;
+    params.dilation = g.dilation;
+    params.pad_top = g.pad_top;
+    params.pad_left = g.pad_left;
+    params.channels_last = true;
+    params.activation = Activation(g.activation);
+    params.pointwise_activation = Activation(g.pointwise_activation);
+
+    const PackedHeader header(isa, params.in_channels, params.out_channels, true, sizeof(T));
+    const int64_t size = kHeaderSize + kernels.packed_size(params.in_channels, params.out_channels, true);
+    STD_TORCH_CHECK(size <= weights_size - offset && std::memcmp(weights + offset, &header, sizeof(header)) == 0,
+                    "packed must hold the weights of layer ", i / kNumbersPerLayer, ", packed for isa ", isa.name, ", ",
+                    params.in_channels, " -> ", params.out_channels, " channels in channels_last; pack them again");
+    params.packed = weights + offset + kHeaderSize;
+    offset += size;
+    layers.push_back(params);
+    channels = params.out_channels;
+    height = params.out_height;
+    width = params.out_width;
+  }
+  STD_TORCH_CHECK(offset == weights_size, "packed must hold the weights of the layers and nothing else");
+
+  const bool is_map = layers.back().rows != Rows::kMeans;
+  const std::array<int64_t, 4> sizes{batch, channels, height, width};
+  Tensor y = is_map ? empty_strided<4>(sizes, dense_strides(sizes, true), x.scalar_type())
+                    : empty_strided<2>({batch, channels}, {channels, 1}, x.scalar_type());
+  const int64_t threads = torch::stable::get_num_threads();
+  ChainRunner<T>(kernels, std::move(layers))
+      .run(x.const_data_ptr<T>(), y.mutable_data_ptr<T>(), batch, threads, TorchParallelFor());
+  return y;
+}
+
+Tensor chain(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& layers) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.size(1) >= 1 && x.size(1) < (int64_t(1) << 40) && x.is_cpu(),
+                  "x must be a CPU tensor of shape [N, C, H, W]");
+  STD_TORCH_CHECK(!layers.empty() && layers.size() % kNumbersPerLayer == 0, "layers must be a multiple of ",
+                  kNumbersPerLayer, " numbers, got ", layers.size());
+  const bool channels_last = layers[0] != int64_t(Rows::kPatchesOfNchw);
+  STD_TORCH_CHECK(is_dense(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, channels_last), "x must be contiguous in ",
+                  channels_last ? "channels_last" : "NCHW", " memory format");
+  STD_TORCH_CHECK(
+      packed.dim() == 1 && packed.is_contiguous() && packed.is_cpu() && packed.scalar_type() == x.scalar_type(),
+      "packed must be what fusedsep::pack returned, concatenated, of the dtype of x");
+  if (x.scalar_type() == ScalarType::Float) return chain_as<float>(x, packed, layers);
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Double, "x must be float32 or float64");
+  return chain_as<double>(x, packed, layers);
+}
+
+}  // namespace
+}  // namespace fusedsep
+
+// `layers` has 10 numbers for each: rows (csrc/kernels/separable.h), out_channels, stride, dilation, pad_left,
+// pad_right, pad_top, pad_bottom, activation, pointwise_activation. `packed` is what `pack` returned for each, in
+// channels_last, one after the other.
+STABLE_TORCH_LIBRARY_FRAGMENT(fusedsep, m) { m.def("chain(Tensor x, Tensor packed, int[] layers) -> Tensor"); }
+
+STABLE_TORCH_LIBRARY_IMPL(fusedsep, CPU, m) { m.impl("chain", TORCH_BOX(&fusedsep::chain)); }
