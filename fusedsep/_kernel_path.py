@@ -59,7 +59,7 @@ def covered_tensors(
 ) -> Operands | None:
     """What ``site`` depends on besides ``x``, if the kernels may run it: plain modules, no hooks."""
     if (
-        _covers(x)
+        covers_map(x)
         and x.dim() in (3, 4)
         and x.shape[-3] == dw.in_channels
         and dw.stride[0] <= 2
@@ -72,7 +72,7 @@ def covered_tensors(
         and not _compat.has_global_hooks()
     ):
         operands = Operands(*_weight_and_bias(dw), *_norm_tensors(bn1), *_weight_and_bias(pw), *_norm_tensors(bn2))
-        if _are_readable(x.dtype, operands):
+        if are_readable(x.dtype, operands):
             return operands
     return None
 
@@ -100,7 +100,7 @@ def covers_tensors(x: torch.Tensor, *tensors: torch.Tensor | None) -> bool:
 
     ``tensors`` are the depthwise weight, then the other weights, biases and BN tensors, ``None`` where absent.
     """
-    return _covers(x) and x.dim() in (3, 4) and _are_readable(x.dtype, tensors) and x.shape[-3] == tensors[0].shape[0]
+    return covers_map(x) and x.dim() in (3, 4) and are_readable(x.dtype, tensors) and x.shape[-3] == tensors[0].shape[0]
 
 
 def wants_gradient(x: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> bool:
@@ -115,7 +115,8 @@ def uses_batch_statistics(bn: _BatchNorm) -> bool:
     return bn.training or bn._buffers.get("running_mean") is None
 
 
-def _covers(x: torch.Tensor) -> bool:
+def covers_map(x: torch.Tensor) -> bool:
+    """Whether the kernels can read ``x`` here and now."""
     return (
         type(x) is torch.Tensor
         and x.dtype in _DTYPES
@@ -130,7 +131,7 @@ def _covers(x: torch.Tensor) -> bool:
     )
 
 
-def _are_readable(dtype: torch.dtype, tensors: Sequence[torch.Tensor | None]) -> bool:
+def are_readable(dtype: torch.dtype, tensors: Sequence[torch.Tensor | None]) -> bool:
     """Whether every tensor has its numbers in memory as they are: of this type, on the CPU, and no subclass."""
     for tensor in tensors:  # a generator expression costs more than the checks
         if tensor is not None and not (type(tensor) in _TENSOR_TYPES and tensor.dtype is dtype and tensor.is_cpu):

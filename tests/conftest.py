@@ -108,6 +108,12 @@ def kernel_calls(monkeypatch):
 
 
 @pytest.fixture
+def chain_calls(monkeypatch):
+    """The same for the operator that runs consecutive layers of a frozen model."""
+    return _record_calls(monkeypatch, "chain")
+
+
+@pytest.fixture
 def training_calls(monkeypatch):
     """The same for the training operator; computing something again for a backward pass counts too."""
     return _record_calls(monkeypatch, "separable_conv2d_training")

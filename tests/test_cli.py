@@ -171,7 +171,7 @@ def test_verify_passes_on_this_machine(capsys):
 
 
 def test_verify_fails_where_torch_runs_instead_of_the_kernels(monkeypatch, capsys):
-    monkeypatch.setattr(_kernel_path, "_covers", lambda x: False)
+    monkeypatch.setattr(_kernel_path, "covers_map", lambda x: False)
     monkeypatch.setattr(verify, "_CASES", verify._CASES[2:4])
     assert main(["verify"]) == 1
     assert "torch ran it, not the kernels" in capsys.readouterr().out

@@ -30,12 +30,13 @@ class Analysis:
         self.reasons: dict[nn.Module, str] = {}
         #: Modules that are also called outside of every site.
         self.used_elsewhere: set[nn.Module] = set()
-        self._opaque: dict[nn.Module, str] = {
+        #: Modules whose Python no trace shows, with the reason, and functions that one node stands for.
+        self.opaque: dict[nn.Module, str] = {
             module: ""
             for module in model.modules()
             if is_block(module) or isinstance(module, FrozenSeparable) or "forward" in vars(module)
         }
-        self._helpers: list[Helper] = []
+        self.helpers: list[Helper] = []
         self._seen: set[nn.Module] = set()
         for module in list(model.modules()):
             if module not in self._seen and _holds_depthwise(module):
@@ -59,23 +60,23 @@ class Analysis:
         if is_layer(root) or is_block(root) or "forward" in vars(root) or not has_forward:
             return
         while True:
-            opaque = set(self._opaque) - {root}
+            opaque = set(self.opaque) - {root}
             try:
-                tracer = Tracer(root, CallForm.of_root(root), opaque, self._helpers)
+                tracer = Tracer(root, CallForm.of_root(root), opaque, self.helpers)
                 graph = tracer.run()
                 programs = self._programs_of(root, tracer, graph, opaque)
                 break
             except Untraceable as error:
                 helper = error.helper
-                if helper is not None and not any(helper.is_same(known) for known in self._helpers):
-                    self._helpers.append(helper)
+                if helper is not None and not any(helper.is_same(known) for known in self.helpers):
+                    self.helpers.append(helper)
                     continue
-                self._opaque[error.module] = str(error)
+                self.opaque[error.module] = str(error)
                 if error.module is root or error.module in opaque or is_layer(error.module):
-                    self._opaque[root] = str(error)
+                    self.opaque[root] = str(error)
                     return
             except (TypeError, ValueError) as error:  # its forward has no signature, or is called against it
-                self._opaque[root] = str(error)
+                self.opaque[root] = str(error)
                 return
         self.programs.update(programs)
         self._seen |= tracer.called - opaque
@@ -104,7 +105,7 @@ class Analysis:
             if not forms[owner].is_comparable():
                 raise Untraceable(owner, "it is called with arguments that cannot be compared")
             inner = inner | (tracer.see_through - {owner})
-            programs[owner] = write_program(owner, forms[owner], opaque, self._helpers, inner)
+            programs[owner] = write_program(owner, forms[owner], opaque, self.helpers, inner)
 
         covered = {node for chain in chains for node in chain.nodes}
         self.used_elsewhere |= {
@@ -123,9 +124,9 @@ class Analysis:
         while path:
             path = path.rpartition(".")[0]
             module = model.get_submodule(path)
-            if self._opaque.get(module):
+            if self.opaque.get(module):
                 where = f"{path or 'the model'} ({type(module).__name__})"
-                return f"the Python of {where} cannot be traced: {self._opaque[module]}"
+                return f"the Python of {where} cannot be traced: {self.opaque[module]}"
         return "no traceable forward calls it"
 
 

@@ -12,6 +12,7 @@ import torch.nn as nn
 from .._compat import has_hooks
 from .._frozen import HOW_TO_TRAIN, FrozenSeparable
 from .analysis import Analysis, analyse, is_block
+from .chains import outline
 from .fuse import defuse
 from .program import FusedSite, Program
 from .report import check_model
@@ -67,9 +68,13 @@ def freeze(model: nn.Module) -> nn.Module:
     analysis = analyse(model, training=False)
     defuse(model)
     shared = _shared_modules(model, analysis)
+    whole = outline(model, analysis)
+    frozen: dict[nn.Module, FrozenSeparable] = {}
     for owner, program in analysis.programs.items():
-        owner.forward = _freeze_sites(program, shared)
-    model = _freeze_blocks(model, shared)
+        owner.forward = _freeze_sites(program, shared, frozen)
+    model = _freeze_blocks(model, shared, frozen)
+    if whole is not None:
+        whole.attach(model, frozen)
     if not isinstance(model, FrozenSeparable):
         for module in model.modules():
             if module is model or _holds_frozen(module):
@@ -85,8 +90,8 @@ def _shared_modules(model: nn.Module, analysis: Analysis) -> set[nn.Module]:
     return analysis.used_elsewhere | {part for part in uses if uses[part] > 1 or uses_in_sites[part] > 1}
 
 
-def _freeze_sites(program: Program, shared: set[nn.Module]) -> FusedForward:
-    """Merge the sites of a regenerated forward, in the owner itself."""
+def _freeze_sites(program: Program, shared: set[nn.Module], frozen: dict[nn.Module, FrozenSeparable]) -> FusedForward:
+    """Merge the sites of a regenerated forward, in the owner itself; note in ``frozen`` what became of them."""
     owner = program.owner
     hooked = any(map(has_hooks, program.bypassed)) or any(has_hooks(module) for _, _, module in program.slots)
     merged: dict[nn.Module, nn.Module] = {}
@@ -96,15 +101,15 @@ def _freeze_sites(program: Program, shared: set[nn.Module]) -> FusedForward:
             continue
         sites[name] = FrozenSeparable(site.separable, site.dw, site.bn1, site.pw, site.bn2)
         merged.update({part: Merged() for part in site.numbers()})
-        merged[site.dw] = sites[name]
+        merged[site.dw] = frozen[site.dw] = sites[name]
     if not merged:
         return FusedForward(owner, {False: program})
     _replace(owner, merged)
     return FrozenForward(owner, {False: program.with_sites(sites)})
 
 
-def _freeze_blocks(model: nn.Module, shared: set[nn.Module]) -> nn.Module:
-    """Put a :class:`FrozenSeparable` in the place of every block."""
+def _freeze_blocks(model: nn.Module, shared: set[nn.Module], frozen: dict[nn.Module, FrozenSeparable]) -> nn.Module:
+    """Put a :class:`FrozenSeparable` in the place of every block; note it in ``frozen``."""
     merged = {}
     for block in [module for module in model.modules() if is_block(module)]:
         parts = [part for part in (block.dw, block.bn1, block.pw, block.bn2) if part is not None]
@@ -114,6 +119,7 @@ def _freeze_blocks(model: nn.Module, shared: set[nn.Module]) -> nn.Module:
             and not shared.intersection(parts)
         ):
             merged[block] = FrozenSeparable(block._separable, block.dw, block.bn1, block.pw, block.bn2)
+    frozen.update(merged)
     _replace(model, merged)
     return merged.get(model, model)
 

@@ -54,6 +54,10 @@ class FusedSite:
         """The BNs that there are."""
         return [bn for bn in (self.bn1, self.bn2) if bn is not None]
 
+    def read(self) -> list[nn.Module]:
+        """The modules whose Python somebody has read for this, so that it holds for the mode that they were in."""
+        return [] if self.separable.self_padding_class is None else [self.dw]
+
     def numbers(self) -> list[nn.Module]:
         """The modules whose parameters and buffers the site reads."""
         return [self.dw, self.pw, *self.norms()]
@@ -83,7 +87,7 @@ class Program:
         owner: the module; its class keeps the original forward.
         form: how the owner was called when it was traced.
         source, names: the forward as Python text, and the global names that it uses.
-        sites: the callables among those names that run a site.
+        sites: the callables among those names that run a site, or a chain of layers.
         inlined: the owner and the modules whose Python became part of ``source``.
     """
 
@@ -106,10 +110,10 @@ class Program:
         parts = {part for site in sites.values() for part in site.modules}
         run_by_the_sites = {part for site in sites.values() for part in site.numbers()}
         # Whose Python was read, besides the BNs: written out in ``source``, or tried.
-        self_padding = {site.dw for site in sites.values() if site.separable.self_padding_class is not None}
-        read = inlined | self_padding
+        read_by_sites = {part for site in sites.values() for part in site.read()}
+        read = inlined | read_by_sites
         norms = {bn for site in sites.values() for bn in site.norms() if not is_plain_batch_norm(bn)}
-        carried = {part: whole for whole in norms | self_padding for part in whole.modules() if part is not whole}
+        carried = {part: whole for whole in norms | read_by_sites for part in whole.modules() if part is not whole}
         dropouts = {part for part in parts if is_dropout(part)}
         #: Modules that are never called now: a hook of theirs needs the original forward.
         self.bypassed = [
@@ -242,14 +246,7 @@ def write_program(
     tracer = Tracer(owner, form, opaque, helpers, inline)
     graph = tracer.run()
     modules = dict(owner.named_modules(remove_duplicate=False))
-    for index, chain in enumerate(find_chains(graph, modules)[0]):
-        site = FusedSite(chain, modules, f"separable_{index}")
-        # In the place of the first node: later ones may come after something that changes the input in place.
-        with graph.inserting_before(chain.nodes[0]):
-            call = graph.call_function(site, (input_of(chain.nodes[0]),))
-        chain.nodes[-1].replace_all_uses_with(call)
-        for node in sorted(chain.nodes, reverse=True):
-            graph.erase_node(node)
+    replace_chains(graph, modules)
     for node in graph.nodes:
         node.type = None  # the text needs no annotations, and their names might not be importable
     graph.lint()
@@ -260,3 +257,15 @@ def write_program(
         return Program(owner, form, code.src, names, sites, tracer.inlined)
     except (RuntimeError, NotImplementedError, AttributeError, SyntaxError) as error:  # a call without a name
         raise Untraceable(owner, f"its graph cannot be written as Python: {error}") from error
+
+
+def replace_chains(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Make one call of a :class:`FusedSite` of every site in ``graph``."""
+    for index, chain in enumerate(find_chains(graph, modules)[0]):
+        site = FusedSite(chain, modules, f"separable_{index}")
+        # In the place of the first node: later ones may come after something that changes the input in place.
+        with graph.inserting_before(chain.nodes[0]):
+            call = graph.call_function(site, (input_of(chain.nodes[0]),))
+        chain.nodes[-1].replace_all_uses_with(call)
+        for node in sorted(chain.nodes, reverse=True):
+            graph.erase_node(node)

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Consecutive layers of a frozen model run as one call, wherever nothing can be seen of it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from article import MobileNet as ArticleMobileNet
+from randomize import randomized
+
+import fusedsep
+from fusedsep import reference
+from fusedsep._ops import DEPTHWISE, MEANS, PATCHES, PATCHES_OF_NCHW, ChainLayer
+
+
+def conv_bn_relu(in_channels, out_channels, kernel, stride=1, groups=1):
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU6(inplace=True),
+    )
+
+
+class Plain(nn.Module):
+    """A stem, three sites, and a head that subclasses write in other ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = conv_bn_relu(3, 8, 3, 2)
+        self.blocks = nn.Sequential(
+            *(
+                nn.Sequential(conv_bn_relu(a, a, 3, stride, a), conv_bn_relu(a, b, 1))
+                for a, b, stride in ((8, 18, 1), (18, 21, 2), (21, 40, 1))
+            )
+        )
+        self.dropout = nn.Dropout()
+        self.classifier = nn.Linear(40, 5)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x)))
+
+    def head(self, x):
+        return self.classifier(self.dropout(x.mean((2, 3))))
+
+
+class PoolFlatten(Plain):
+    def __init__(self):
+        super().__init__()
+        self.pool, self.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+
+    def head(self, x):
+        return self.classifier(self.flatten(self.dropout(self.pool(x))))
+
+
+class ViewBySize(Plain):
+    def head(self, x):
+        x = F.adaptive_avg_pool2d(x, (1, 1))
+        return self.classifier(x.view(x.size(0), -1))
+
+
+class ReshapeByShape(Plain):
+    def head(self, x):
+        x = x.mean([3, 2], keepdim=True)
+        return self.classifier(F.dropout(x.reshape(x.shape[0], -1), 0.5, self.training))
+
+
+class ViewByChannels(Plain):
+    def head(self, x):
+        return self.classifier(F.adaptive_avg_pool2d(x, 1).view(-1, 40))
+
+
+class FunctionFlatten(Plain):
+    def head(self, x):
+        return self.classifier(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+
+class ConvolutionHead(Plain):
+    def __init__(self):
+        super().__init__()
+        self.classifier = nn.Conv2d(40, 5, 1)
+
+    def head(self, x):
+        return self.classifier(F.adaptive_avg_pool2d(x, 1)).flatten(1)
+
+
+HEADS = [Plain, PoolFlatten, ViewBySize, ReshapeByShape, ViewByChannels, FunctionFlatten, ConvolutionHead]
+
+
+def rows_of(calls):
+    return [layers[:: len(ChainLayer._fields)] for _, _, layers in calls]
+
+
+def assert_same(frozen, model, x):
+    exact = copy.deepcopy(model).double()(x.double())
+    y, plain = frozen(x), model(x)
+    assert y.shape == plain.shape
+    assert y.is_contiguous(memory_format=torch.channels_last) or y.stride() == plain.stride()
+    error, allowed = (y - exact).abs().max(), 2 * (plain - exact).abs().max() + 1e-6 * exact.abs().max()
+    assert error <= allowed
+
+
+@pytest.mark.parametrize("model_class", HEADS)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_whole_network_is_one_call(model_class, memory_format, chain_calls, kernel_calls):
+    model = randomized(model_class()).eval()
+    frozen = fusedsep.freeze(model)
+    x = torch.randn(3, 3, 33, 30).contiguous(memory_format=memory_format)
+    with torch.no_grad():
+        assert_same(frozen, model, x)
+    first = PATCHES if memory_format is torch.channels_last else PATCHES_OF_NCHW
+    assert rows_of(chain_calls) == [[first, DEPTHWISE, DEPTHWISE, DEPTHWISE, MEANS]]
+    assert not kernel_calls
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fusedsep.MobileNetV1(7, 0.25),
+        lambda: reference.MobileNetV1(7, 0.25, activation="hardswish"),
+        lambda: fusedsep.MobileNetV1(7, 0.25, padding="same", activation="relu6"),
+        lambda: nn.Sequential(fusedsep.MobileNetV1(7, 0.25), nn.Softmax(1)),
+    ],
+)
+def test_mobilenets_are_one_call(make, chain_calls):
+    model = randomized(make()).eval()
+    frozen = fusedsep.freeze(fusedsep.fuse(model))
+    with torch.no_grad():
+        assert_same(frozen, model, torch.randn(2, 3, 47, 64))
+    assert rows_of(chain_calls) == [[PATCHES_OF_NCHW] + 13 * [DEPTHWISE] + [MEANS]]
+
+
+def test_article(chain_calls):
+    """Its average pool is of seven pixels, and not of all: that one and the classifier stay torch's."""
+    model = randomized(ArticleMobileNet()).eval()
+    with torch.no_grad():
+        assert_same(fusedsep.freeze(model), model, torch.randn(1, 3, 224, 224))
+    assert rows_of(chain_calls) == [[PATCHES_OF_NCHW] + 13 * [DEPTHWISE]]
+
+
+def frozen_and_input():
+    model = randomized(PoolFlatten()).eval()
+    return model, fusedsep.freeze(model), torch.randn(2, 3, 24, 24)
+
+
+@pytest.mark.parametrize("name", ["stem.0", "stem.2", "blocks", "blocks.1", "pool", "dropout", "classifier"])
+def test_a_hook_is_called(name, chain_calls):
+    _, frozen, x = frozen_and_input()
+    expected = frozen(x)
+    shapes = []
+    hook = frozen.get_submodule(name).register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
+    torch.testing.assert_close(frozen(x), expected)
+    assert len(shapes) == 1
+    assert len(chain_calls) == 1
+    hook.remove()
+    assert torch.equal(frozen(x), expected)
+    assert len(chain_calls) == 2
+
+
+def test_a_hook_on_a_frozen_site_is_called():
+    _, frozen, x = frozen_and_input()
+    called = []
+    frozen.blocks[1][0][0].register_forward_hook(lambda *arguments: called.append(1))
+    frozen(x)
+    assert called == [1]
+
+
+def test_a_replaced_layer_is_run():
+    _, frozen, x = frozen_and_input()
+    frozen.classifier = nn.Identity()
+    assert frozen(x).shape == (2, 40)
+    frozen.stem[2] = nn.Identity()
+    frozen(x)
+
+
+@pytest.mark.parametrize("name", ["stem.0.weight", "stem.1.running_mean", "stem.1.weight", "classifier.bias"])
+def test_changed_numbers_are_noticed(name):
+    model, frozen, x = frozen_and_input()
+    frozen(x)
+    with torch.no_grad():
+        for net in (model, frozen):
+            module, _, attribute = name.rpartition(".")
+            getattr(net.get_submodule(module), attribute).add_(0.5)
+    with torch.no_grad():
+        assert_same(frozen, model, x)
+
+
+def test_changed_settings_are_noticed():
+    model, frozen, x = frozen_and_input()
+    frozen(x)
+    for net in (model, frozen):
+        net.stem[1].eps = 0.25
+        net.stem[0].stride = (1, 1)
+    with torch.no_grad():
+        assert_same(frozen, model, x)
+
+
+def test_loaded_numbers_are_noticed():
+    x = torch.randn(1, 3, 24, 24)
+    source, target = (fusedsep.freeze(randomized(Plain(), seed)) for seed in (0, 1))
+    assert not torch.equal(target(x), source(x))
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target(x), source(x))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies_run_their_own_layers(how, chain_calls):
+    _, frozen, x = frozen_and_input()
+    expected = frozen(x)
+    if how == "deepcopy":
+        twin = copy.deepcopy(frozen)
+    elif how == "pickle":
+        twin = pickle.loads(pickle.dumps(frozen))
+    else:
+        buffer = io.BytesIO()
+        torch.save(frozen, buffer)
+        buffer.seek(0)
+        twin = torch.load(buffer, weights_only=False)
+    assert torch.equal(twin(x), expected)
+    assert len(chain_calls) == 2
+    with torch.no_grad():
+        twin.classifier.bias.add_(1)
+    torch.testing.assert_close(twin(x), expected + 1)
+    assert torch.equal(frozen(x), expected)
+
+
+def test_float64(chain_calls):
+    model, frozen, x = frozen_and_input()
+    y = frozen.double()(x.double())
+    torch.testing.assert_close(y, model.double()(x.double()))
+    assert len(chain_calls) == 1
+
+
+def test_what_the_operator_does_not_cover_runs_layer_by_layer(chain_calls):
+    model, frozen, x = frozen_and_input()
+    x.requires_grad_()
+    y, expected = frozen(x), model(x)
+    (grad,), (grad_expected,) = torch.autograd.grad(y.sum(), x), torch.autograd.grad(expected.sum(), x)
+    torch.testing.assert_close(grad, grad_expected)
+    with torch.no_grad():
+        half = copy.deepcopy(frozen).bfloat16()
+        assert half(x.bfloat16()).dtype == torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16):
+            frozen(x)
+    assert not chain_calls
+    for wrong in (torch.randn(2, 4, 24, 24), torch.randn(2, 3, 24, 24, dtype=torch.double)):
+        with pytest.raises((RuntimeError, TypeError, ValueError)):
+            frozen(wrong)
+    assert not chain_calls
+
+
+def test_images_that_are_too_small_get_the_error_of_the_layers():
+    model = randomized(Plain())
+    model.blocks[0][0][0].padding = (0, 0)
+    with pytest.raises(ValueError, match="too small"):
+        fusedsep.freeze(model)(torch.randn(1, 3, 3, 3))
+
+
+def test_compiled():
+    _, frozen, x = frozen_and_input()
+    expected = frozen(x)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(frozen)(x), expected)
+
+
+def test_parts_run_on_their_own():
+    model, frozen, x = frozen_and_input()
+    with torch.no_grad():
+        torch.testing.assert_close(frozen.blocks(frozen.stem(x)), model.blocks(model.stem(x)))
+
+
+class TwoReaders(Plain):
+    def forward(self, x):
+        x = self.blocks[0](self.stem(x))
+        y = self.blocks[2](self.blocks[1](x))
+        return self.head(y) + x.mean()
+
+
+def test_a_second_reader_ends_a_chain(chain_calls):
+    model = randomized(TwoReaders()).eval()
+    with torch.no_grad():
+        assert_same(fusedsep.freeze(model), model, torch.randn(2, 3, 24, 24))
+    assert rows_of(chain_calls) == [[PATCHES_OF_NCHW, DEPTHWISE], [DEPTHWISE, DEPTHWISE, MEANS]]
+
+
+def test_other_first_convolutions_stay_torchs(chain_calls):
+    for conv in (
+        nn.Conv2d(3, 8, 5, 2, 2),
+        nn.Conv2d(3, 8, 3, (2, 1), 1),
+        nn.Conv2d(3, 8, 3, 2, 1, padding_mode="reflect"),
+    ):
+        model = Plain()
+        model.stem[0] = conv
+        model = randomized(model).eval()
+        with torch.no_grad():
+            assert_same(fusedsep.freeze(model), model, torch.randn(2, 3, 24, 24))
+    assert rows_of(chain_calls) == 3 * [[DEPTHWISE, DEPTHWISE, DEPTHWISE, MEANS]]
