@@ -36,13 +36,13 @@ class FirstConvolution:
         return self.conv.out_channels
 
     def tensors(self) -> list[torch.Tensor | None]:
-        norm = [] if self.bn is None else [self.bn.weight, self.bn.bias, self.bn.running_mean, self.bn.running_var]
-        return [self.conv.weight, self.conv.bias, *norm]
+        return [*_kernel_path.weight_and_bias(self.conv), *_kernel_path.norm_tensors(self.bn)]
 
-    def pack(self) -> torch.Tensor:
+    def pack(self, nchw: bool) -> torch.Tensor:
         scale, shift = scale_and_shift(self.conv, self.bn)
         out_channels, channels = self.conv.weight.shape[:2]
-        patches = self.conv.weight.permute(0, 2, 3, 1).reshape(out_channels, 9 * channels)  # as csrc orders a patch
+        weight = self.conv.weight if nchw else self.conv.weight.permute(0, 2, 3, 1)
+        patches = weight.reshape(out_channels, 9 * channels)  # in the order of csrc/kernels/separable.h
         return _pack_product(patches, scale, shift)
 
     def layer(self, height: int, width: int, nchw: bool) -> tuple[ChainLayer, int, int]:
@@ -71,7 +71,7 @@ class Site:
     def tensors(self) -> list[torch.Tensor | None]:
         return [*self.frozen._buffers.values()]  # several times as fast as nn.Module.__getattr__
 
-    def pack(self) -> torch.Tensor:
+    def pack(self, nchw: bool) -> torch.Tensor:
         dw_weight, dw_bias, pw_weight, pw_bias = self.tensors()
         return _ops.pack(
             dw_weight.contiguous(), None, dw_bias.double(), pw_weight.contiguous(), None, pw_bias.double(), True
@@ -101,9 +101,9 @@ class Classifier:
         self.linear, self.as_map, self.modules = linear, as_map, modules
 
     def tensors(self) -> list[torch.Tensor | None]:
-        return [self.linear.weight, self.linear.bias]
+        return [*_kernel_path.weight_and_bias(self.linear)]
 
-    def pack(self) -> torch.Tensor:
+    def pack(self, nchw: bool) -> torch.Tensor:
         bias = None if self.linear.bias is None else self.linear.bias.double()
         return _pack_product(self.linear.weight.flatten(1), None, bias)
 
@@ -131,6 +131,8 @@ class Chain:
         self.modules = [module for element in elements for module in element.modules]
         self._sites = [element for element in elements if isinstance(element, Site)]
         self._ends = [element for element in elements if not isinstance(element, Site)]
+        first = elements[0]
+        self._channels = first.conv.in_channels if isinstance(first, FirstConvolution) else len(first.tensors()[0])
         self._packed = _kernel_path.PackedCache()
         self._layers: dict[tuple[int, int, bool], list[int] | None] = {}
 
@@ -156,13 +158,14 @@ class Chain:
         return x
 
     def _run(self, x: torch.Tensor) -> torch.Tensor | None:
-        tensors = [tensor for element in self.elements for tensor in element.tensors() if tensor is not None]
-        if _kernel_path.wants_gradient(x, tensors) or x.shape[1] != self._channels():
+        if x.shape[1] != self._channels or (
+            torch.is_grad_enabled() and _kernel_path.wants_gradient(x, self._tensors())
+        ):
             return None
         x, channels_last, _ = _kernel_path.dense(x)
         nchw = not channels_last and isinstance(self.elements[0], FirstConvolution)
         layers = self._layers_for(x.shape[2], x.shape[3], nchw)
-        packed = None if layers is None else self._packed_for(x.dtype, tensors)
+        packed = None if layers is None else self._packed_for(x.dtype, nchw)
         if packed is None:
             return None
         if not nchw:
@@ -173,9 +176,8 @@ class Chain:
             return y if channels_last else y.contiguous()
         return y[:, :, None, None] if self.elements[-1].as_map else y
 
-    def _channels(self) -> int:
-        first = self.elements[0]
-        return first.tensors()[0].shape[0 if isinstance(first, Site) else 1]
+    def _tensors(self) -> list[torch.Tensor | None]:
+        return [tensor for element in self.elements for tensor in element.tensors()]
 
     def _layers_for(self, height: int, width: int, nchw: bool) -> list[int] | None:
         """The numbers of the operator; ``None`` for a map that is too small: the layers know more to say about it."""
@@ -193,19 +195,20 @@ class Chain:
             self._layers[key] = numbers
         return self._layers[key]
 
-    def _packed_for(self, dtype: torch.dtype, tensors: list[torch.Tensor]) -> torch.Tensor | None:
+    def _packed_for(self, dtype: torch.dtype, nchw: bool) -> torch.Tensor | None:
         """All packed weights; ``None`` where the kernels cannot read the tensors."""
-        state: list[object] = [tensor.data_ptr() for tensor in tensors]
-        state += [site.frozen._cache for site in self._sites]  # a new one where a state_dict was loaded
-        for end in self._ends:  # frozen sites are constants, these are the user's modules
-            state += [tensor._version for tensor in end.tensors() if tensor is not None and not tensor.is_inference()]
-        key = _C.active_isa(), dtype
+        state = [site.frozen.constants for site in self._sites]
+        for end in self._ends:  # the user's own modules
+            for tensor in end.tensors():
+                if tensor is not None:
+                    state.append((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version))
+        key = _C.active_isa(), dtype, nchw
         packed = self._packed.lookup(key, state)
         if packed is None:
-            if not _kernel_path.are_readable(dtype, tensors):
+            if not _kernel_path.are_readable(dtype, self._tensors()):
                 return None
             with torch.no_grad():
-                packed = torch.cat([element.pack() for element in self.elements])
+                packed = torch.cat([element.pack(nchw) for element in self.elements])
             self._packed.store(key, state, packed)
         return packed
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -99,9 +100,26 @@ class FrozenSeparable(nn.Module):
             raise RuntimeError(HOW_TO_TRAIN)
         return super().train(mode)
 
+    # Constants change in three ways, and each gives a new cache: what is packed from them need look for nothing else.
+
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self._cache = _kernel_path.PackedCache()  # it compares addresses, and loading writes in place
+        self._cache = _kernel_path.PackedCache()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FrozenSeparable:
+        super()._apply(fn, recurse)
+        self._cache = _kernel_path.PackedCache()
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, torch.Tensor):
+            self._cache = _kernel_path.PackedCache()
+
+    @property
+    def constants(self) -> object:
+        """The same object as long as the constants are the same."""
+        return self._cache
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "_cache"}

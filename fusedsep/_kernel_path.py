@@ -71,19 +71,21 @@ def covered_tensors(
         and (x.numel() > 0 or _covers_empty_batch(bn1, bn2))
         and not _compat.has_global_hooks()
     ):
-        operands = Operands(*_weight_and_bias(dw), *_norm_tensors(bn1), *_weight_and_bias(pw), *_norm_tensors(bn2))
+        operands = Operands(*weight_and_bias(dw), *norm_tensors(bn1), *weight_and_bias(pw), *norm_tensors(bn2))
         if are_readable(x.dtype, operands):
             return operands
     return None
 
 
-def _norm_tensors(bn: _BatchNorm | None) -> tuple[torch.Tensor | None, ...]:
+def norm_tensors(bn: _BatchNorm | None) -> tuple[torch.Tensor | None, ...]:
+    """Its weight, bias, running mean and running variance."""
     if bn is None:
         return None, None, None, None
-    return *_weight_and_bias(bn), bn._buffers["running_mean"], bn._buffers["running_var"]
+    return *weight_and_bias(bn), bn._buffers["running_mean"], bn._buffers["running_var"]
 
 
-def _weight_and_bias(module: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def weight_and_bias(module: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Its two parameters, parametrized or not."""
     parameters = module._parameters  # several times as fast as nn.Module.__getattr__
     if "weight" in parameters and "bias" in parameters:
         return parameters["weight"], parameters["bias"]

@@ -49,7 +49,10 @@ class Layer:
         if n.rows == DEPTHWISE:
             h = F.conv2d(F.pad(x, pads), self.first, self.first_bias, n.stride, 0, n.dilation, x.shape[1])
             return pointwise_act(F.conv2d(act(h), self.weight[:, :, None, None], self.bias))
-        weight = self.weight.view(-1, 3, 3, x.shape[1]).permute(0, 3, 1, 2)
+        if n.rows == PATCHES:
+            weight = self.weight.view(-1, 3, 3, x.shape[1]).permute(0, 3, 1, 2)
+        else:
+            weight = self.weight.view(-1, x.shape[1], 3, 3)
         return pointwise_act(F.conv2d(F.pad(x, pads), weight, self.bias, n.stride, 0, n.dilation))
 
 

@@ -300,3 +300,20 @@ def test_other_first_convolutions_stay_torchs(chain_calls):
         with torch.no_grad():
             assert_same(fusedsep.freeze(model), model, torch.randn(2, 3, 24, 24))
     assert rows_of(chain_calls) == 3 * [[DEPTHWISE, DEPTHWISE, DEPTHWISE, MEANS]]
+
+
+@pytest.mark.parametrize("how", ["assignment", "to"])
+def test_changed_constants_are_noticed(how):
+    _, frozen, x = frozen_and_input()
+    site = frozen.blocks[1][0][0]
+    before = frozen(x)
+    if how == "assignment":
+        site.pw_bias = site.pw_bias + 1
+    else:
+        site.to(torch.double).pw_bias.add_(1)
+        site.to(torch.float)
+    after = frozen(x)
+    assert not torch.equal(after, before)
+    for layer in frozen.blocks:
+        layer.register_forward_hook(lambda *arguments: None)  # layer by layer
+    torch.testing.assert_close(frozen(x), after)

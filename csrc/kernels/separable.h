@@ -39,7 +39,7 @@ enum class Rows : int32_t {
   // 3x3 patches of an image, which make a product of a whole convolution (im2col): h[(u*3 + v)*C + c] is
   // x[n, c, i*S + u*D - pad_top, j*S + v*D - pad_left], with C = in_channels / 9 channels in x.
   kPatches = 1,
-  kPatchesOfNchw = 2,  // the same from x in NCHW
+  kPatchesOfNchw = 2,  // from x in NCHW, with the channel before the tap: h[c*9 + u*3 + v]
   // The mean of each map, for a product that is a classifier: out_height = out_width = 1.
   kMeans = 3,
 };
