@@ -18,7 +18,7 @@ class PatchVector {
 
   // Elements [begin, end) of a patch, at most kLanes.
   PatchVector(const SeparableParams<T>& p, int64_t begin, int64_t end)
-      : height_(p.height), width_(p.width), count_(end - begin) {
+      : height_(p.height), width_(p.width), count_(min_of(end - begin, V::kLanes)) {
     const bool nchw = p.rows == Rows::kPatchesOfNchw;
     const int64_t channels = p.in_channels / 9;
     const int64_t of_channel = nchw ? p.height * p.width : 1, of_column = nchw ? 1 : channels;
