@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import training_reference
 from cases import ACTIVATION_CODES, Case, operands
+from chain_layers import PATCHES, PATCHES_OF_NCHW, arguments, network
 
 import fusedsep
 from fusedsep import _C, _ops
@@ -118,6 +119,24 @@ def check_training(case: Case, dtype: torch.dtype, channels_last: bool) -> None:
             assert torch.equal(ours, exact)
 
 
+def check_chain(channels: int, size: int, dtype: torch.dtype) -> None:
+    for first in (PATCHES, PATCHES_OF_NCHW):
+        torch.manual_seed(0)
+        layers = network(first, channels)
+        for begin, end in ((0, 1), (0, 5), (1, 5), (4, 5)):  # a convolution, all, and what begins in the middle
+            width = layers[begin].channels
+            x, packed, numbers = arguments(layers[begin:end], torch.randn(2, width, size, size + 1).to(dtype))
+            expected = _ops.chain(x, packed, numbers)
+            nchw = begin == 0 and first == PATCHES_OF_NCHW
+            for at_end in (True, False):
+                if nchw:
+                    image = torch.from_numpy(guarded(x.numpy(), at_end))
+                else:
+                    image = torch.from_numpy(guarded(x.permute(0, 2, 3, 1).numpy(), at_end)).permute(0, 3, 1, 2)
+                packed_there = torch.from_numpy(guarded(packed.numpy(), at_end))
+                assert torch.equal(_ops.chain(image, packed_there, numbers), expected)
+
+
 def main() -> None:
     if sys.argv[1] == "prove-the-guard":
         array = guarded(np.ones(3, np.float32), at_end=True)
@@ -132,6 +151,9 @@ def main() -> None:
         check(case, dtype, channels_last, sys.argv[1])
         if case.batch * case.out_shape[2] * case.out_shape[3] > 1:
             check_training(case, torch.float32 if dtype is np.float32 else torch.float64, channels_last)
+    for channels, size, dtype in itertools.product((1, 3, 5), (5, 8, 17, 33), (torch.float32, torch.float64)):
+        print("chain", channels, size, dtype, flush=True)
+        check_chain(channels, size, dtype)
     print("done")
 
 

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Layers of a chain with random weights: as the operator takes them, and as ATen computes them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fusedsep import _ops
+from fusedsep._ops import DEPTHWISE, MEANS, PATCHES, PATCHES_OF_NCHW, ChainLayer
+
+ACTIVATIONS = (lambda x: x, torch.relu, F.relu6, F.hardswish)
+
+
+class Layer:
+    """A layer, its weights in float64, and what ATen makes of them."""
+
+    def __init__(self, rows, channels, out_channels, stride=1, dilation=1, pads=(1, 1, 1, 1), activations=(1, 1)):
+        self.channels = channels
+        self.numbers = ChainLayer(rows, out_channels, stride, dilation, *pads, *activations)
+        depth = 9 * channels if rows in (PATCHES, PATCHES_OF_NCHW) else channels
+        self.first = torch.randn(channels, 1, 3, 3, dtype=torch.double)
+        self.first_bias = torch.randn(channels, dtype=torch.double)
+        self.weight = torch.randn(out_channels, depth, dtype=torch.double) / depth**0.5
+        self.bias = torch.randn(out_channels, dtype=torch.double)
+
+    def packed(self, dtype):
+        n = self.numbers
+        depthwise = n.rows == DEPTHWISE
+        first = self.first if depthwise else torch.zeros(self.weight.shape[1], 1, 3, 3)
+        return _ops.pack(
+            first.to(dtype),
+            None,
+            self.first_bias if depthwise else None,
+            self.weight.to(dtype)[:, :, None, None],
+            None,
+            self.bias,
+            True,
+        )
+
+    def __call__(self, x):
+        n = self.numbers
+        pads = n.pad_left, n.pad_right, n.pad_top, n.pad_bottom
+        act, pointwise_act = ACTIVATIONS[n.activation], ACTIVATIONS[n.pointwise_activation]
+        if n.rows == MEANS:
+            return pointwise_act(F.linear(x.mean((2, 3)), self.weight, self.bias))
+        if n.rows == DEPTHWISE:
+            h = F.conv2d(F.pad(x, pads), self.first, self.first_bias, n.stride, 0, n.dilation, x.shape[1])
+            return pointwise_act(F.conv2d(act(h), self.weight[:, :, None, None], self.bias))
+        if n.rows == PATCHES:
+            weight = self.weight.view(-1, 3, 3, x.shape[1]).permute(0, 3, 1, 2)
+        else:
+            weight = self.weight.view(-1, x.shape[1], 3, 3)
+        return pointwise_act(F.conv2d(F.pad(x, pads), weight, self.bias, n.stride, 0, n.dilation))
+
+
+def arguments(layers, x):
+    """What the operator takes."""
+    packed = torch.cat([layer.packed(x.dtype) for layer in layers])
+    numbers = [number for layer in layers for number in layer.numbers]
+    nchw = layers[0].numbers.rows == PATCHES_OF_NCHW
+    return x.contiguous(memory_format=torch.contiguous_format if nchw else torch.channels_last), packed, numbers
+
+
+def run(layers, x):
+    return _ops.chain(*arguments(layers, x))
+
+
+def exact(layers, x):
+    x = x.double()
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def network(first, channels=3, width=8):
+    return [
+        Layer(first, channels, width, 2, activations=(0, 2)),
+        Layer(DEPTHWISE, width, 2 * width + 1, activations=(1, 1)),
+        Layer(DEPTHWISE, 2 * width + 1, 21, 2, pads=(0, 1, 0, 1), activations=(3, 0)),
+        Layer(DEPTHWISE, 21, 40, 1, 2, (2, 2, 2, 2), (2, 3)),
+        Layer(MEANS, 40, 13, pads=(0, 0, 0, 0), activations=(0, 0)),
+    ]
