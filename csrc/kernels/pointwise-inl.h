@@ -17,6 +17,7 @@ struct Epilogue {
   bool first;     // C holds nothing yet; otherwise the sums so far
   bool last;      // add the bias and apply the activation
   Activation activation;
+  const T* prefetch;  // what the calls that follow read as `columns`, to be brought to L2 meanwhile
 };
 
 // C[0..M, 0..columns) = act(bias + (C + R[0..M, 0..depth) Q[0..depth, 0..NV * kLanes)))
@@ -37,13 +38,17 @@ __attribute__((noinline)) void microkernel(int64_t depth, const typename V::T* r
     for (int n = 0; n < NV; ++n) sum[m][n] = V::zero();
   }
 
+  const int64_t ahead = epilogue.prefetch - columns;
   while (depth > 0) {
     const int64_t steps = min_of(depth, L);
     FUSEDSEP_UNROLL(1)
     for (int64_t k = 0; k < steps; ++k) {
       V column[NV];
       FUSEDSEP_UNROLL(4)
-      for (int n = 0; n < NV; ++n) column[n] = V::load(columns + n * L);
+      for (int n = 0; n < NV; ++n) {
+        column[n] = V::load(columns + n * L);
+        if (n * sizeof(V) % 64 == 0) __builtin_prefetch(columns + ahead + n * L, 0, 2);
+      }
       FUSEDSEP_UNROLL(16)
       for (int m = 0; m < M; ++m) {
         const V row = V::broadcast(rows[m * L]);
@@ -144,6 +149,18 @@ struct Product {
   bool accumulate;  // C += instead of C =
 };
 
+// The panel that is read after that of columns `q` from depth `k` on; itself if it is the last one.
+template <class V>
+const typename V::T* next_panel(const Product<typename V::T>& product, int64_t q, int64_t k, int64_t depth_step) {
+  q += Tiling<V>::kTileColumns;
+  if (q >= product.column_end) {
+    q = product.column_begin;
+    k = k + depth_step < product.depth ? k + depth_step : 0;
+  }
+  const int64_t vectors = ceil_div(min_of(Tiling<V>::kTileColumns, product.column_end - q), V::kLanes);
+  return product.columns + q * product.depth + k * vectors * V::kLanes;
+}
+
 // Loops, outermost first: depth (a column panel fits L1), row blocks (they fit L2), column panels, row blocks within.
 template <class V, bool kBiasPerRow>
 void multiply(const Product<typename V::T>& product) {
@@ -160,15 +177,17 @@ void multiply(const Product<typename V::T>& product) {
   for (int64_t k = 0; k < product.depth; k += depth_step) {
     const int64_t depth = min_of(depth_step, product.depth - k);
     const bool last = product.bias != nullptr && k + depth == product.depth;
-    Epilogue<T> epilogue{nullptr, k == 0 && !product.accumulate, last, product.activation};
+    Epilogue<T> epilogue{nullptr, k == 0 && !product.accumulate, last, product.activation, nullptr};
     for (int64_t group = product.block_begin; group < product.block_end; group += blocks_in_l2) {
       const int64_t group_end = min_of(group + blocks_in_l2, product.block_end);
       for (int64_t q = product.column_begin; q < product.column_end; q += Tile::kTileColumns) {
         const int64_t column_count = min_of(Tile::kTileColumns, product.column_end - q);
         const int64_t vectors = ceil_div(column_count, V::kLanes);
         const T* panel = product.columns + q * product.depth + k * vectors * V::kLanes;
+        const T* const next = next_panel<V>(product, q, k, depth_step);
         for (int64_t b = group; b < group_end; ++b) {
           const Block block = block_at(product.row_count, blocks, b);
+          epilogue.prefetch = b == group ? next : panel;
           if (last) epilogue.bias = product.bias + (kBiasPerRow ? block.begin : q);
           kMicrokernels.table[vectors - 1][block.size - 1](
               depth, product.rows + block.begin * padded_depth + k * block.size, panel,
