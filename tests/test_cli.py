@@ -218,7 +218,20 @@ def test_summary_of_a_users_network(user_module, capsys):
 
 
 def test_bench_times_blocks_and_network(tmp_path, capsys):
-    small = ["--width", "0.25", "--resolution", "32", "--repeats", "2", "--batch", "2", "--threads", "1"]
+    small = [
+        "--width",
+        "0.25",
+        "--resolution",
+        "32",
+        "--repeats",
+        "2",
+        "--batch",
+        "2",
+        "--threads",
+        "1",
+        "--peers",
+        "none",
+    ]
     assert main(["bench", *small, "--json", str(tmp_path / "bench.json")]) == 0
     assert "MobileNetV1 0.25-32" in capsys.readouterr().out
     content = json.loads((tmp_path / "bench.json").read_text())
@@ -252,6 +265,10 @@ def test_bench_times_a_users_network(user_module, capsys):
         (["demo", "--json", "."], "argument --json: '.' is a folder"),
         (["bench", "--format", "nhwc"], "argument --format: invalid choice: 'nhwc'"),
         (["bench", "--batch", "-1"], "argument --batch: must be an integer of at least 1, got '-1'"),
+        (
+            ["bench", "--peers", "onnx"],
+            "argument --peers: must be 'none', 'all' or some of onnxruntime,openvino,compile",
+        ),
         (["summary", "--width", "nan"], "argument --width: must be a number greater than 0, got 'nan'"),
     ],
 )

@@ -84,12 +84,13 @@ class Times:
 
 
 def time_interleaved(
-    calls: Mapping[str, Callable[[], object]], repeats: int, *, inference: bool = True
+    calls: Mapping[str, Callable[[], object]], repeats: int, *, inference: bool = True, pause: float = 0
 ) -> dict[str, Times]:
     """Time every call ``repeats`` times, in turns, so that a change of clock or load meets all of them alike.
 
     Args:
         inference: under ``torch.inference_mode()``.
+        pause: seconds to wait in front of each timed call; one that is not timed goes before it then.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode(inference):
@@ -98,6 +99,9 @@ def time_interleaved(
                 call()
         for _ in range(repeats):
             for name, call in calls.items():
+                if pause > 0:
+                    time.sleep(pause)
+                    call()
                 start = time.perf_counter_ns()
                 call()
                 samples[name].append((time.perf_counter_ns() - start) / 1e6)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Time the nine distinct block shapes of MobileNetV1 and a whole network: torch eager, fused and frozen."""
+"""Time the nine distinct block shapes of MobileNetV1 and a whole network: other engines, torch eager, fused, frozen."""
 
 from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,11 +27,13 @@ from ._arguments import (
 )
 from ._measure import compare, time_interleaved
 from ._output import machine, machine_line, print_table, write_json
+from ._peers import Unavailable, add_peers, make_call
 
-HELP = "time the blocks and a whole network against torch eager"
+HELP = "time the blocks and a whole network against torch eager and other engines"
 
 _FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-_ENGINES = ("eager nchw", "eager channels_last", "fused", "frozen")
+_TORCHS = ("eager nchw", "eager channels_last")
+_OURS = ("fused", "frozen")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="memory format of fused and frozen (default: %(default)s)",
     )
     parser.add_argument("--repeats", type=positive_int, default=30, metavar="N", help="timed calls each (default: 30)")
+    add_peers(parser)
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write every sample to FILE")
 
 
@@ -55,14 +59,17 @@ def run(arguments: argparse.Namespace) -> int:
     subjects = [] if arguments.model else _blocks(arguments)
     subjects.append((name, network, _images(network, arguments)))
     results = [_bench(*subject, arguments) for subject in subjects]
-    columns = ("median ms", *_ENGINES, "speedup", "result")
+    engines = [*_TORCHS, *(peer for peer in arguments.peers if any(peer in r["times"] for r in results)), *_OURS]
     print_table(
         f"batch {arguments.batch}, fused and frozen in {arguments.format}",
-        columns,
-        [_row(result) for result in results],
+        ("median ms", *engines, "speedup", "GFLOP/s", "result"),
+        [_row(result, engines) for result in results],
         failed=[not result["ok"] for result in results],
     )
-    print("±: half of the quartile range; speedup: the faster eager over frozen; result: checked against float64 first")
+    print("result: checked against float64 first; GFLOP/s: of the faster of fused and frozen")
+    print("speedup: the fastest of the other engines over the faster of fused and frozen")
+    for reason in dict.fromkeys(f"{peer}: {why}" for result in results for peer, why in result["left_out"].items()):
+        print(f"not timed: {reason}")
     if arguments.json is not None:
         settings = {"batch": arguments.batch, "format": arguments.format, "repeats": arguments.repeats}
         for result in results:
@@ -107,18 +114,40 @@ def _bench(name: str, unfused: nn.Module, x: torch.Tensor, arguments: argparse.N
         if arguments.model is None:
             raise
         raise CommandError(f"--model: {name} does not run on {list(x.shape)}: {describe(error)}") from error
-    calls = (lambda: unfused(x), lambda: unfused_last(x_last), lambda: fused(ours), lambda: frozen(ours))
-    times = time_interleaved(dict(zip(_ENGINES, calls, strict=True)), arguments.repeats)
+    calls = {
+        "eager nchw": lambda: unfused(x),
+        "eager channels_last": lambda: unfused_last(x_last),
+        "fused": lambda: fused(ours),
+        "frozen": lambda: frozen(ours),
+    }
+    left_out = {}
+    for peer in arguments.peers:
+        try:
+            with torch.inference_mode():
+                call, answer = make_call(peer, unfused, x)
+            accuracy = compare(answer, torchs, exact)
+            if not accuracy.ok:
+                raise Unavailable(f"error {accuracy.error:.1e} against float64, allowed {accuracy.allowed:.1e}")
+            calls[peer] = call
+        except Unavailable as reason:
+            left_out[peer] = str(reason)
+    # Threads of an engine that has just run may spin for some milliseconds, and would have a core of the next one's.
+    times = time_interleaved(calls, arguments.repeats, pause=0.02 if torch.get_num_threads() > 1 else 0)
+    ours_best = min(times[engine].median for engine in _OURS)
     return {
         "name": name,
         "ok": all(check.ok for check in checks),
         "largest_error": max(check.error for check in checks),
         "torch_error": checks[0].torch_error,
-        "speedup": min(times[engine].median for engine in _ENGINES[:2]) / times["frozen"].median,
+        "speedup": min(times[engine].median for engine in times if engine not in _OURS) / ours_best,
+        "gflops": 2e-6 * fusedsep.complexity(unfused, tuple(x.shape)).mult_adds / ours_best,
+        "left_out": left_out,
         "times": times,
     }
 
 
-def _row(result: dict[str, Any]) -> tuple[str, ...]:
-    cells = [f"{times.median:.2f} ±{times.spread:.2f}" for times in result["times"].values()]
-    return (result["name"], *cells, f"{result['speedup']:.2f}x", "pass" if result["ok"] else "FAIL")
+def _row(result: dict[str, Any], engines: Sequence[str]) -> tuple[str, ...]:
+    times = [result["times"].get(engine) for engine in engines]
+    cells = ["" if time is None else f"{time.median:.3g}" for time in times]
+    verdict = "pass" if result["ok"] else "FAIL"
+    return (result["name"], *cells, f"{result['speedup']:.2f}x", f"{result['gflops']:.0f}", verdict)
