@@ -182,18 +182,18 @@ class Chain:
     def _layers_for(self, height: int, width: int, nchw: bool) -> list[int] | None:
         """The numbers of the operator; ``None`` for a map that is too small: the layers know more to say about it."""
         key = height, width, nchw
-        if key not in self._layers:
-            if len(self._layers) >= _SIZES_KEPT:
-                self._layers.clear()
-            numbers: list[int] | None = []
-            try:
-                for element in self.elements:
-                    layer, height, width = element.layer(height, width, nchw)
-                    numbers += layer
-            except ValueError:
-                numbers = None
-            self._layers[key] = numbers
-        return self._layers[key]
+        if key in (known := self._layers):
+            return known[key]
+        numbers: list[int] | None = []
+        try:
+            for element in self.elements:
+                layer, height, width = element.layer(height, width, nchw)
+                numbers += layer
+        except ValueError:
+            numbers = None
+        # A new dictionary in the place of a full one: other threads may be reading it.
+        self._layers = {**(known if len(known) < _SIZES_KEPT else {}), key: numbers}
+        return numbers
 
     def _packed_for(self, dtype: torch.dtype, nchw: bool) -> torch.Tensor | None:
         """All packed weights; ``None`` where the kernels cannot read the tensors."""

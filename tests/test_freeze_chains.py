@@ -317,3 +317,13 @@ def test_changed_constants_are_noticed(how):
     for layer in frozen.blocks:
         layer.register_forward_hook(lambda *arguments: None)  # layer by layer
     torch.testing.assert_close(frozen(x), after)
+
+
+def test_many_sizes():
+    _, frozen, _ = frozen_and_input()
+    for size in range(8, 90):
+        x = torch.randn(1, 3, size, 8)
+        y = frozen(x)
+        assert torch.equal(frozen(x), y)
+    (chain,) = frozen.forward.programs[False].sites.values()
+    assert 0 < len(chain._layers) <= 65
