@@ -111,7 +111,8 @@ class Classifier:
         return ChainLayer(_ops.MEANS, self.linear.weight.shape[0], 1, 1, *NO_PADS, 0, 0), 1, 1
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.linear(x.mean((-2, -1)), self.linear.weight.flatten(1), self.linear.bias)
+        # Without a batch dimension a 1x1 convolution works, and a linear layer behind a pool or a mean does not.
+        y = F.linear(x.mean((-2, -1) if self.as_map else (2, 3)), self.linear.weight.flatten(1), self.linear.bias)
         return y[..., None, None] if self.as_map else y
 
 

@@ -327,3 +327,11 @@ def test_many_sizes():
         assert torch.equal(frozen(x), y)
     (chain,) = frozen.forward.programs[False].sites.values()
     assert 0 < len(chain._layers) <= 65
+
+
+@pytest.mark.parametrize("model_class", [Plain, PoolFlatten, ConvolutionHead])
+def test_an_image_without_a_batch_fails_as_in_the_layers(model_class):
+    model = randomized(model_class()).eval()
+    for net in (model, fusedsep.freeze(model)):
+        with torch.no_grad(), pytest.raises(ValueError, match="expected 4D input"):
+            net(torch.randn(3, 24, 24))
