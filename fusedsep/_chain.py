@@ -72,10 +72,7 @@ class Site:
         return [*self.frozen._buffers.values()]  # several times as fast as nn.Module.__getattr__
 
     def pack(self, nchw: bool) -> torch.Tensor:
-        dw_weight, dw_bias, pw_weight, pw_bias = self.tensors()
-        return _ops.pack(
-            dw_weight.contiguous(), None, dw_bias.double(), pw_weight.contiguous(), None, pw_bias.double(), True
-        )
+        return _kernel_path.pack_folded(*self.tensors(), channels_last=True)
 
     def layer(self, height: int, width: int, nchw: bool) -> tuple[ChainLayer, int, int]:
         frozen = self.frozen
@@ -119,11 +116,11 @@ class Classifier:
 Element = FirstConvolution | Site | Classifier
 
 
-class Chain:
+class LayerChain:
     """Layers that each read what the one before gives, and nobody else does; eval only.
 
-    Called with a batch of float maps on the CPU, it is one call of the operator; anything else goes through the layers
-    one by one, with the same result up to rounding.
+    Called with a batch of float maps on the CPU, several are one call of the operator; anything else goes through the
+    layers one by one, with the same result up to rounding.
     """
 
     def __init__(self, name: str, elements: list[Element]) -> None:
@@ -150,7 +147,8 @@ class Chain:
         return self.modules
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if _kernel_path.covers_map(x) and x.dim() == 4 and not torch.compiler.is_compiling():
+        several = len(self.elements) > 1
+        if several and _kernel_path.covers_map(x) and x.dim() == 4 and not torch.compiler.is_compiling():
             y = self._run(x)
             if y is not None:
                 return y
@@ -199,10 +197,9 @@ class Chain:
     def _packed_for(self, dtype: torch.dtype, nchw: bool) -> torch.Tensor | None:
         """All packed weights; ``None`` where the kernels cannot read the tensors."""
         state = [site.frozen.constants for site in self._sites]
-        for end in self._ends:  # the user's own modules
-            for tensor in end.tensors():
-                if tensor is not None:
-                    state.append((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version))
+        own = [tensor for end in self._ends for tensor in end.tensors() if tensor is not None]  # the user's modules'
+        for tensor in own:
+            state.append((tensor.data_ptr(), _bytes_of(tensor) if tensor.is_inference() else tensor._version))
         key = _C.active_isa(), dtype, nchw
         packed = self._packed.lookup(key, state)
         if packed is None:
@@ -210,7 +207,7 @@ class Chain:
                 return None
             with torch.no_grad():
                 packed = torch.cat([element.pack(nchw) for element in self.elements])
-            self._packed.store(key, state, packed)
+            self._packed.store(key, state, packed, alive=[tensor.detach() for tensor in own])
         return packed
 
     def __getstate__(self) -> dict[str, Any]:
@@ -222,6 +219,12 @@ class Chain:
 
 #: Sizes of images whose layers are remembered.
 _SIZES_KEPT = 64
+
+
+def _bytes_of(tensor: torch.Tensor) -> int:
+    """A hash of all bytes: inference tensors do not count their changes."""
+    tensor = tensor.contiguous()
+    return _C.fingerprint([(tensor.data_ptr(), tensor.nbytes)])
 
 
 def _pack_product(weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:

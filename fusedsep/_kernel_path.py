@@ -39,16 +39,19 @@ class PackedCache:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[object, tuple[object, torch.Tensor]] = {}
+        self._entries: dict[object, tuple[object, torch.Tensor, object]] = {}
 
     def lookup(self, key: object, fingerprint: object) -> torch.Tensor | None:
         """What is packed under ``key``, if it is from parameters with this ``fingerprint``."""
         entry = self._entries.get(key)
         return entry[1] if entry is not None and entry[0] == fingerprint else None
 
-    def store(self, key: object, fingerprint: object, packed: torch.Tensor) -> None:
-        """Keep ``packed`` under ``key``, in the place of what was there."""
-        self._entries[key] = (fingerprint, packed)
+    def store(self, key: object, fingerprint: object, packed: torch.Tensor, alive: object = None) -> None:
+        """Keep ``packed`` under ``key``, in the place of what was there.
+
+        ``alive`` is kept with it: tensors whose addresses are in the fingerprint, so that no other one gets them.
+        """
+        self._entries[key] = (fingerprint, packed, alive)
 
 
 # ------------------------------------------------------------------------------------------------------------- applies
@@ -309,16 +312,7 @@ def run_folded(
         constants = (dw_weight.data_ptr(), dw_bias.data_ptr(), pw_weight.data_ptr(), pw_bias.data_ptr())
         packed = cache.lookup(key, constants)
     if packed is None:
-        with torch.no_grad():
-            packed = _ops.pack(
-                dw_weight.contiguous(),
-                None,
-                dw_bias.double().contiguous(),
-                pw_weight.contiguous(),
-                None,
-                pw_bias.double().contiguous(),
-                channels_last,
-            )
+        packed = pack_folded(dw_weight, dw_bias, pw_weight, pw_bias, channels_last)
         if cache is not None:
             cache.store(key, constants, packed)
     y = _separable_conv2d(
@@ -333,6 +327,22 @@ def run_folded(
         channels_last,
     )
     return y.squeeze(0) if unbatched else y
+
+
+def pack_folded(
+    dw_weight: torch.Tensor, dw_bias: torch.Tensor, pw_weight: torch.Tensor, pw_bias: torch.Tensor, channels_last: bool
+) -> torch.Tensor:
+    """Packed weights of a site with BN folded in."""
+    with torch.no_grad():
+        return _ops.pack(
+            dw_weight.contiguous(),
+            None,
+            dw_bias.double().contiguous(),
+            pw_weight.contiguous(),
+            None,
+            pw_bias.double().contiguous(),
+            channels_last,
+        )
 
 
 def dense(x: torch.Tensor) -> tuple[torch.Tensor, bool, bool]:

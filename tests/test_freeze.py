@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
-
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from copies import WAYS, copied
 from models import MobileNetV2, WithDefaults, chain, depthwise, pointwise
 from randomize import randomized
 from zoo import FUSABLE, assert_as_close_to_float64, build, tensors_of
@@ -91,20 +88,12 @@ def test_training_is_refused_without_any_site():
         fusedsep.freeze(nn.Sequential(nn.ReLU())).train()
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("how", WAYS)
 def test_copies(how):
     frozen = fusedsep.freeze(randomized(MobileNetV2()))
     x = torch.randn(1, 3, 16, 16)
     expected = frozen(x)
-    if how == "deepcopy":
-        twin = copy.deepcopy(frozen)
-    elif how == "pickle":
-        twin = pickle.loads(pickle.dumps(frozen))
-    else:
-        buffer = io.BytesIO()
-        torch.save(frozen, buffer)
-        buffer.seek(0)
-        twin = torch.load(buffer, weights_only=False)
+    twin = copied(frozen, how)
     assert torch.equal(twin(x), expected)
     with pytest.raises(RuntimeError, match="keep the model"):
         twin.train()

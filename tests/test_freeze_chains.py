@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from article import MobileNet as ArticleMobileNet
+from copies import WAYS, copied
 from randomize import randomized
+from zoo import assert_as_close_to_float64
 
 import fusedsep
 from fusedsep import reference
@@ -97,12 +97,10 @@ def rows_of(calls):
 
 
 def assert_same(frozen, model, x):
-    exact = copy.deepcopy(model).double()(x.double())
-    y, plain = frozen(x), model(x)
-    assert y.shape == plain.shape
-    assert y.is_contiguous(memory_format=torch.channels_last) or y.stride() == plain.stride()
-    error, allowed = (y - exact).abs().max(), 2 * (plain - exact).abs().max() + 1e-6 * exact.abs().max()
-    assert error <= allowed
+    """One call of ``frozen``, as close to float64 as ``model`` and in the same memory format."""
+    y = frozen(x)
+    assert_as_close_to_float64(lambda x: y, model, x)
+    assert y.stride() == model(x).stride()
 
 
 @pytest.mark.parametrize("model_class", HEADS)
@@ -173,9 +171,10 @@ def test_a_hook_on_a_frozen_site_is_called():
 def test_a_replaced_layer_is_run():
     _, frozen, x = frozen_and_input()
     frozen.classifier = nn.Identity()
-    assert frozen(x).shape == (2, 40)
+    y = frozen(x)
+    assert y.shape == (2, 40)
     frozen.stem[2] = nn.Identity()
-    frozen(x)
+    assert not torch.equal(frozen(x), y)
 
 
 @pytest.mark.parametrize("name", ["stem.0.weight", "stem.1.running_mean", "stem.1.weight", "classifier.bias"])
@@ -208,19 +207,11 @@ def test_loaded_numbers_are_noticed():
     assert torch.equal(target(x), source(x))
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("how", WAYS)
 def test_copies_run_their_own_layers(how, chain_calls):
     _, frozen, x = frozen_and_input()
     expected = frozen(x)
-    if how == "deepcopy":
-        twin = copy.deepcopy(frozen)
-    elif how == "pickle":
-        twin = pickle.loads(pickle.dumps(frozen))
-    else:
-        buffer = io.BytesIO()
-        torch.save(frozen, buffer)
-        buffer.seek(0)
-        twin = torch.load(buffer, weights_only=False)
+    twin = copied(frozen, how)
     assert torch.equal(twin(x), expected)
     assert len(chain_calls) == 2
     with torch.no_grad():
@@ -272,6 +263,30 @@ def test_parts_run_on_their_own():
     model, frozen, x = frozen_and_input()
     with torch.no_grad():
         torch.testing.assert_close(frozen.blocks(frozen.stem(x)), model.blocks(model.stem(x)))
+
+
+class LoneSite(Plain):
+    """One site by itself, between an addition and the chain."""
+
+    def __init__(self):
+        super().__init__()
+        self.dw, self.act, self.pw = nn.Conv2d(3, 3, 3, 1, 1, groups=3), nn.ReLU(), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return super().forward(x + self.pw(self.act(self.dw(x))))
+
+
+def test_a_lone_site_does_not_keep_others_from_a_chain(chain_calls, kernel_calls):
+    model = randomized(LoneSite()).eval()
+    frozen, x = fusedsep.freeze(model), torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        assert_same(frozen, model, x)
+        assert rows_of(chain_calls) == [[PATCHES_OF_NCHW, DEPTHWISE, DEPTHWISE, DEPTHWISE, MEANS]]
+        assert len(kernel_calls) == 1
+        called = []
+        frozen.dw.register_forward_hook(lambda *arguments: called.append(1))
+        assert_same(frozen, model, x)
+    assert called == [1]
 
 
 class TwoReaders(Plain):
@@ -335,3 +350,120 @@ def test_an_image_without_a_batch_fails_as_in_the_layers(model_class):
     for net in (model, fusedsep.freeze(model)):
         with torch.no_grad(), pytest.raises(ValueError, match="expected 4D input"):
             net(torch.randn(3, 24, 24))
+
+
+class ListsOfNumbers(Plain):
+    """Python that depends on what a list holds, in the whole and in a part that no chain needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.scales = [1.0]
+        self.last = Scaled()
+
+    def head(self, x):
+        return self.last(super().head(x)) * self.scales[0]
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.options = Options()
+
+    def forward(self, x):
+        return x * self.options.scale
+
+
+class Options:
+    scale = 1.0
+
+
+def test_changed_python_is_noticed(chain_calls):
+    model = randomized(ListsOfNumbers()).eval()
+    frozen, x = fusedsep.freeze(model), torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        for net in (model, frozen):
+            net.last.options.scale = 3.0
+        assert_same(frozen, model, x)
+        assert chain_calls  # that part is called as it is
+        chain_calls.clear()
+        for net in (model, frozen):
+            net.scales[0] = 5.0
+        assert_same(frozen, model, x)
+        assert not chain_calls
+
+
+class DefaultObject(Plain):
+    def forward(self, x, options=Options()):  # noqa: B008
+        return super().forward(x) * options.scale
+
+
+def test_a_default_that_cannot_be_compared_makes_no_chain(chain_calls):
+    model = randomized(DefaultObject()).eval()
+    frozen, x = fusedsep.freeze(model), torch.randn(2, 3, 24, 24)
+    other = Options()
+    other.scale = 3.0
+    with torch.no_grad():
+        assert_same(frozen, model, x)
+        torch.testing.assert_close(frozen(x, other), model(x, other))
+    assert not chain_calls
+
+
+class ViewOfOneImage(Plain):
+    def head(self, x):
+        return self.classifier(F.adaptive_avg_pool2d(x, 1).view(-1))
+
+
+def test_other_shapes_of_the_pooled_map_end_a_chain(chain_calls):
+    model = randomized(ViewOfOneImage()).eval()
+    with torch.no_grad():
+        assert_as_close_to_float64(fusedsep.freeze(model), model, torch.randn(1, 3, 24, 24))
+    assert rows_of(chain_calls) == [[PATCHES_OF_NCHW, DEPTHWISE, DEPTHWISE, DEPTHWISE]]
+
+
+class TimesParameter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(()), requires_grad=False)
+
+    def forward(self, weight):
+        return weight * self.factor
+
+
+def test_a_parametrized_weight_is_computed_for_each_call():
+    model, frozen, x = frozen_and_input()
+    for net in (model, frozen):
+        nn.utils.parametrize.register_parametrization(net.classifier, "weight", TimesParameter())
+    with torch.no_grad():
+        for factor in (1.0, 2.0, 3.0, 4.0):
+            for net in (model, frozen):
+                net.classifier.parametrizations.weight[0].factor.fill_(factor)
+            assert_same(frozen, model, x)
+
+
+def test_an_address_that_is_used_again_is_no_old_weight():
+    model, frozen, x = frozen_and_input()
+    with torch.no_grad():
+        for _ in range(20):
+            frozen(x)
+            for _ in range(3):  # the allocator gives back what the first of them left
+                weight = torch.randn(5, 40)
+                frozen.classifier.weight.data, model.classifier.weight.data = weight.clone(), weight
+            assert_same(frozen, model, x)
+
+
+def test_changes_of_inference_tensors_are_noticed():
+    model, _, x = frozen_and_input()
+    with torch.inference_mode():
+        frozen = fusedsep.freeze(model)
+        frozen(x)
+        for net in (model, frozen):
+            net.classifier.weight.add_(1.0)
+            net.stem[1].running_mean.add_(1.0)
+        assert_same(frozen, model, x)
+
+
+def test_freezing_twice_and_fusing_what_is_frozen():
+    _, frozen, x = frozen_and_input()
+    expected = frozen(x)
+    for twice in (fusedsep.freeze(frozen), fusedsep.fuse(frozen), fusedsep.defuse(copy.deepcopy(frozen))):
+        assert torch.equal(twice(x), expected)

@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-import io
-import pickle
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from article import ShortBlock
+from copies import WAYS, copied
 from models import MobileNetV2, PaddedBlock, WithDefaults, chain, depthwise, pointwise
 from randomize import randomized
 from zoo import FUSABLE, LOOK_ALIKES, assert_as_close_to_float64, build, tensors_of
@@ -114,19 +112,11 @@ def test_block_class_is_left_as_it_is():
     assert not regenerated(fusedsep.fuse(model))
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("how", WAYS)
 def test_copies_run_their_own_modules(how, kernel_calls):
     model = randomized(MobileNetV2()).eval()
     fused = fusedsep.fuse(model)
-    if how == "deepcopy":
-        twin = copy.deepcopy(fused)
-    elif how == "pickle":
-        twin = pickle.loads(pickle.dumps(fused))
-    else:
-        buffer = io.BytesIO()
-        torch.save(fused, buffer)
-        buffer.seek(0)
-        twin = torch.load(buffer, weights_only=False)
+    twin = copied(fused, how)
     x = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(twin(x), fused(x))
@@ -203,10 +193,20 @@ def test_a_fused_model_cannot_be_scripted():
 
 
 @pytest.mark.parametrize("function", [fusedsep.fuse, fusedsep.freeze])
-def test_compile_and_export(function):
-    model = randomized(MobileNetV2()).eval()
+@pytest.mark.parametrize(
+    "make",
+    [
+        MobileNetV2,
+        lambda: fusedsep.MobileNetV1(5, 0.25),
+        lambda: chain(nn.ReLU(), channels=3),  # the model itself gets a forward
+    ],
+    ids=["MobileNetV2", "MobileNetV1", "flat"],
+)
+def test_compile_and_export(function, make):
+    model = randomized(make()).eval()
     ours = function(model)
     x = torch.randn(1, 3, 16, 16)
+    torch.compiler.reset()
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(ours, backend="eager", fullgraph=True)(x), model(x))
         torch.testing.assert_close(torch.export.export(ours, (x,)).module()(x), model(x))

@@ -136,9 +136,14 @@ int64_t packed_size(int64_t in_channels, int64_t out_channels, bool channels_las
 
 py::dict plan(int64_t batch, int64_t in_channels, int64_t out_channels, int64_t out_pixels, bool channels_last,
               int64_t threads, const std::string& isa_name) {
-  const auto& kernels = find_isa(isa_name).separable_f32;
-  const Plan plan = make_plan({batch, in_channels, out_channels, out_pixels, int64_t(sizeof(float)), kernels.lanes,
-                               kernels.tile_rows, kernels.tile_columns, channels_last, threads});
+  SeparableParams<float> params{};
+  params.batch = batch;
+  params.in_channels = in_channels;
+  params.out_channels = out_channels;
+  params.out_height = out_pixels;
+  params.out_width = 1;
+  params.channels_last = channels_last;
+  const Plan plan = plan_for(find_isa(isa_name).separable_f32, params, threads);
   py::dict result;
   result["tiles_per_image"] = plan.tiles_per_image;
   result["share_tiles"] = plan.share_tiles;
@@ -159,7 +164,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("fingerprint", &fingerprint, "memory"_a,
         "A 64-bit hash of the bytes of [(address, bytes), ...], which must stay alive and unchanged meanwhile.");
   m.def("plan", &plan, "batch"_a, "in_channels"_a, "out_channels"_a, "out_pixels"_a, "channels_last"_a, "threads"_a,
-        "isa"_a, "How a float32 call would be cut into tiles.");
+        "isa"_a, "How a float32 call would be cut into tiles: of each image, or of all together in channels_last.");
   m.def("packed_size", &packed_size, "in_channels"_a, "out_channels"_a, "channels_last"_a, "element_size"_a);
   define_separable_conv2d<float>(m);
   define_separable_conv2d<double>(m);

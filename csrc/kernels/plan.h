@@ -16,7 +16,7 @@ struct PlanRequest {
 };
 
 struct Plan {
-  int64_t tiles_per_image;
+  int64_t tiles_per_image;  // of all images together in channels_last, where they follow on each other
   // Tiles hold whole units of pixels, the image's last tile what is left: lanes of a vector (NCHW) or single pixels.
   int64_t unit;
   // false: threads take whole tiles, with all channels. true: tile after tile, threads share the channels of each.

@@ -38,7 +38,7 @@ __attribute__((noinline)) void microkernel(int64_t depth, const typename V::T* r
     for (int n = 0; n < NV; ++n) sum[m][n] = V::zero();
   }
 
-  const int64_t ahead = epilogue.prefetch - columns;
+  const int64_t ahead = epilogue.prefetch - columns;  // a narrower panel may end before this one: only a hint is lost
   while (depth > 0) {
     const int64_t steps = min_of(depth, L);
     FUSEDSEP_UNROLL(1)

@@ -114,7 +114,7 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise Unavailable("not installed") from error
+        raise Unavailable(f"{name} is not installed") from error
 
 
 def _exported(module: nn.Module, x: torch.Tensor) -> bytes:

@@ -30,12 +30,13 @@ class Analysis:
         self.reasons: dict[nn.Module, str] = {}
         #: Modules that are also called outside of every site.
         self.used_elsewhere: set[nn.Module] = set()
-        #: Modules whose Python no trace shows, with the reason, and functions that one node stands for.
+        #: Modules whose Python no trace shows, with the reason.
         self.opaque: dict[nn.Module, str] = {
             module: ""
             for module in model.modules()
             if is_block(module) or isinstance(module, FrozenSeparable) or "forward" in vars(module)
         }
+        #: Functions that one node stands for.
         self.helpers: list[Helper] = []
         self._seen: set[nn.Module] = set()
         for module in list(model.modules()):

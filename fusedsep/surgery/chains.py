@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import fx
 
-from .._chain import Chain, Classifier, Element, FirstConvolution, Site
+from .._chain import Classifier, Element, FirstConvolution, LayerChain, Site
 from .._compat import is_plain_convolution
 from .._frozen import FrozenSeparable
 from .._structure import why_not_pointwise
@@ -20,7 +20,7 @@ from .activations import activation_of_function, activation_of_module, arguments
 from .analysis import Analysis, is_block
 from .batch_norms import is_plain_batch_norm
 from .dropouts import call_passes_on, passes_on
-from .program import FusedSite, Program, replace_chains
+from .program import FusedSite, Program, program_from, replace_sites
 from .rewrite import FrozenForward
 from .side_effects import usual_global_mode
 from .sites import input_of
@@ -32,6 +32,10 @@ _MEANS = {torch.mean, "mean"}
 _FLATTEN = {torch.flatten, "flatten"}
 _BOTH_DIRECTIONS = {(2, 3), (3, 2), (-2, -1), (-1, -2)}
 _RESHAPE = {torch.reshape, "reshape", "view"}
+
+
+#: Makes an element from what became of the sites.
+Maker = Callable[[dict[nn.Module, FrozenSeparable]], Element]
 
 
 class ChainedForward(FrozenForward):
@@ -48,58 +52,70 @@ class ChainedForward(FrozenForward):
 
 
 class Outline:
-    """The graph of a whole model in eval mode, with its sites as nodes, from before anything in it is merged."""
+    """The runs of layers in a whole model, found before anything in it is merged.
+
+    Args:
+        model: in eval mode and unfused.
+        analysis: of the model.
+
+    Raises:
+        Untraceable: a graph cannot stand for the forward of the model.
+    """
 
     def __init__(self, model: nn.Module, analysis: Analysis) -> None:
-        self.form = CallForm.of_root(model)
+        self._form = CallForm.of_root(model)
+        if not self._form.is_comparable():
+            raise Untraceable(model, "it has defaults that cannot be compared")
+        self._modules = dict(model.named_modules(remove_duplicate=False))
         opaque = set(analysis.opaque) - {model}
-        tracer = Tracer(model, self.form, opaque, analysis.helpers)
-        self.graph = tracer.run()
-        self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.inlined = tracer.inlined
-        replace_chains(self.graph, self.modules)
+        tracer = Tracer(model, self._form, opaque, analysis.helpers)
+        runs = self._find_runs(tracer.run())
+        # Python that no run needs to have written out stays what it is: a call.
+        needed = {
+            call.module for run in runs if len(run.makers) > 1 for node in run.nodes for call in node.meta["calls"]
+        }
+        tracer = Tracer(model, self._form, opaque, analysis.helpers, needed | tracer.see_through)
+        self._graph = tracer.run()
+        self._runs = self._find_runs(self._graph)
+        self._inlined = tracer.inlined
+
+    def _find_runs(self, graph: fx.Graph) -> list[_Run]:
+        replace_sites(graph, self._modules)
+        runs: list[_Run] = []
+        covered: set[fx.Node] = set()
+        for node in graph.nodes:
+            run = None if node in covered else _Run(node, self._modules)
+            if run is not None and run.site_keys:
+                runs.append(run)
+                covered.update(run.nodes)
+        return runs if any(len(run.makers) > 1 for run in runs) else []
 
     def attach(self, model: nn.Module, frozen: dict[nn.Module, FrozenSeparable]) -> None:
-        """Give the frozen ``model`` a forward with chains, if it has any.
+        """Give the frozen ``model`` a forward with its runs as chains, if it has any.
 
-        ``frozen`` has what became of each site's depthwise convolution, and of each block.
+        ``frozen`` has what became of each site's depthwise convolution, and of each block. If one did not become
+        anything, its owner has to decide at each call, and nothing changes.
         """
+        if not self._runs or not all(run.site_keys <= frozen.keys() for run in self._runs):
+            return
+        for index, run in enumerate(self._runs):
+            chain = LayerChain(f"chain_{index}", [make(frozen) for make in run.makers])
+            with self._graph.inserting_before(run.nodes[0]):
+                call = self._graph.call_function(chain, (input_of(run.nodes[0]),))
+            run.nodes[-1].replace_all_uses_with(call)
+            for node in reversed(run.nodes):
+                self._graph.erase_node(node)
         present = set(model.modules())
-        chains: list[Chain] = []
-        replaced: set[fx.Node] = set()
-        for node in list(self.graph.nodes):
-            run = None if node in replaced else _Run(node, self.modules, frozen)
-            if run is None or len(run.elements) < 2 or not any(isinstance(element, Site) for element in run.elements):
-                continue
-            chains.append(Chain(f"chain_{len(chains)}", run.elements))
-            replaced.update(run.nodes)
-            self._replace(run.nodes, chains[-1])
-        for node in self.graph.nodes:
-            if isinstance(node.target, FusedSite):
-                return  # a site that could not be folded: its owner decides at each call
-            if node.op == "call_module" and self.modules[node.target] not in present:
-                return  # merged, and something else than its site calls it
-            node.type = None
-        if not chains:
-            return
-        self.graph.lint()
+        for node in self._graph.nodes:
+            if node.op == "call_module" and self._modules[node.target] not in present:
+                return  # merged, and not only its site calls it
         try:
-            code = self.graph.python_code("self")
-        except (RuntimeError, NotImplementedError, AttributeError, SyntaxError):  # a call without a name
+            program = program_from(self._graph, model, self._form, LayerChain, self._inlined & present)
+        except Untraceable:
             return
-        names = {name: value for name, value in code.globals.items() if not isinstance(value, Chain)}
-        named = {name: value for name, value in code.globals.items() if isinstance(value, Chain)}
-        program = Program(model, self.form, code.src, names, named, self.inlined & present)
         program.settings = [setting for setting in program.settings if not isinstance(setting[0], FrozenSeparable)]
         program.modes = [modes for modes in program.modes if not isinstance(modes[0], FrozenSeparable)]  # eval only
         model.forward = ChainedForward(model, program, vars(model).get("forward"))
-
-    def _replace(self, nodes: list[fx.Node], chain: Chain) -> None:
-        with self.graph.inserting_before(nodes[0]):
-            call = self.graph.call_function(chain, (input_of(nodes[0]),))
-        nodes[-1].replace_all_uses_with(call)
-        for node in reversed(nodes):
-            self.graph.erase_node(node)
 
 
 def outline(model: nn.Module, analysis: Analysis) -> Outline | None:
@@ -114,19 +130,22 @@ def outline(model: nn.Module, analysis: Analysis) -> Outline | None:
 
 
 class _Run:
-    """The longest chain from ``start`` on: its elements, and the nodes that they cover, in the order of the graph."""
+    """The longest chain from ``start`` on: how to make its elements, and the nodes that they cover, in order."""
 
-    def __init__(self, start: fx.Node, modules: dict[str, nn.Module], frozen: dict[nn.Module, FrozenSeparable]) -> None:
-        self._modules, self._frozen = modules, frozen
-        self.elements: list[Element] = []
+    def __init__(self, start: fx.Node, modules: dict[str, nn.Module]) -> None:
+        self._modules = modules
+        self.makers: list[Maker] = []
         self.nodes: list[fx.Node] = []
+        #: What stands for its sites in a dictionary of frozen ones.
+        self.site_keys: set[nn.Module] = set()
+        self._channels = 0  # of the last map
         if self._take_site([start]) or self._take_first_convolution(start):
             while self._take_site(path := self._path_from(self.nodes[-1])):
                 pass
             self._take_classifier(path)
 
-    def _take(self, element: Element, nodes: list[fx.Node]) -> bool:
-        self.elements.append(element)
+    def _take(self, make: Maker, nodes: list[fx.Node]) -> bool:
+        self.makers.append(make)
         self.nodes += nodes
         return True
 
@@ -150,12 +169,14 @@ class _Run:
     def _take_site(self, path: list[fx.Node]) -> bool:
         if not path:
             return False
-        site = path[-1].target
-        key = site.dw if isinstance(site, FusedSite) else self._module(path[-1])
-        if key not in self._frozen or not (isinstance(site, FusedSite) or is_block(key)):
+        target, module = path[-1].target, self._module(path[-1])
+        if not isinstance(target, FusedSite) and (module is None or not is_block(module)):
             return False
+        site, key = (target, target.dw) if isinstance(target, FusedSite) else (module, module)
+        self.site_keys.add(key)
+        self._channels = site.pw.out_channels
         handed_on = self._modules_of(path[:-1])
-        return self._take(Site(self._frozen[key], [*handed_on, self._frozen[key]]), path)
+        return self._take(lambda frozen: Site(frozen[key], [*handed_on, frozen[key]]), path)
 
     def _take_first_convolution(self, node: fx.Node) -> bool:
         conv = self._module(node)
@@ -174,7 +195,8 @@ class _Run:
                     break
                 activation = found
             nodes.append(reader)
-        return self._take(FirstConvolution(conv, bn, activation, self._modules_of(nodes)), nodes)
+        self._channels = conv.out_channels
+        return self._take(_always(FirstConvolution(conv, bn, activation, self._modules_of(nodes))), nodes)
 
     def _take_classifier(self, path: list[fx.Node]) -> bool:
         """Global average pool, flatten and linear layer, or a 1x1 convolution in the place of the last two."""
@@ -189,10 +211,10 @@ class _Run:
                 rank = 2
                 continue
             reader = _only_reader(nodes[-1])
-            module = None if reader is None else self._module(reader)
             if reader is None:
                 return False
             nodes.append(reader)
+            module = self._module(reader)
             if call_passes_on(reader) if module is None else passes_on(module):
                 continue
             if rank == 2:
@@ -201,7 +223,7 @@ class _Run:
                 fits = _is_plain_pointwise(module)
             if not fits or "forward" in vars(module):
                 return False
-            return self._take(Classifier(module, rank == 4, self._modules_of(nodes)), nodes)
+            return self._take(_always(Classifier(module, rank == 4, self._modules_of(nodes))), nodes)
 
     def _rank_of_pooled(self, node: fx.Node) -> int | None:
         """Dimensions of the output if ``node`` takes the mean of each map."""
@@ -228,8 +250,7 @@ class _Run:
             given = arguments_of(node, ("start_dim", "end_dim"))
             return given.get("start_dim", 0) == 1 and given.get("end_dim", -1) == -1
         if node.target in _RESHAPE:
-            shape = node.args[1:] if len(node.args) > 2 else tuple(*node.args[1:])
-            return shape == (-1, self.elements[-1].out_channels)
+            return _shape_of(node) == (-1, self._channels)
         return False
 
     def _flatten_of(self, node: fx.Node) -> list[fx.Node] | None:
@@ -254,8 +275,17 @@ class _Run:
             return None
         if list(sizes[-1].users) != [reshape] or reshape.target not in _RESHAPE or reshape.kwargs:
             return None
-        shape = reshape.args[1:] if len(reshape.args) > 2 else tuple(*reshape.args[1:])
-        return [*sizes, reshape] if reshape.args[0] is node and shape == (sizes[-1], -1) else None
+        return [*sizes, reshape] if reshape.args[0] is node and _shape_of(reshape) == (sizes[-1], -1) else None
+
+
+def _shape_of(reshape: fx.Node) -> tuple[Any, ...]:
+    """What a ``view`` or ``reshape`` was given, as a sequence or one by one."""
+    shape = reshape.args[1:]
+    return tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+
+
+def _always(element: Element) -> Maker:
+    return lambda frozen: element
 
 
 def _only_reader(node: fx.Node) -> fx.Node | None:

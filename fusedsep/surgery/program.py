@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import types
 from collections.abc import Iterable, Sequence
@@ -126,10 +127,10 @@ class Program:
         self.modes += [(part, owner) for part in read | dropouts if part is not owner and part not in carried]
         #: Attributes that this Python, or what was found out about it, may depend on.
         self.settings = [
-            (module, name, value)
+            (module, name, copy.deepcopy(value) if isinstance(value, (list, set, dict)) else value)
             for module in {owner, *self.bypassed, *norms} - (set() if owner.training else dropouts)
             for name, value in vars(module).items()
-            if name != "training" and name in _names_read_by(module) and isinstance(value, _SETTING_TYPES)
+            if name != "training" and name in _names_read_by(module) and _is_setting(value)
         ]
         self.slots = _slots(owner, parts | inlined)
         self._prepare()
@@ -195,7 +196,20 @@ class Program:
         self._prepare()
 
 
-_SETTING_TYPES = (bool, int, float, str, tuple, type(None))
+_PLAIN_TYPES = (bool, int, float, str, type(None))
+
+
+def _is_setting(value: Any) -> bool:
+    """Whether a forward that reads ``value`` can be told by comparison that it has changed."""
+    return isinstance(value, tuple) or _is_plain(value)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple, set)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, [*value, *value.values()]))
+    return isinstance(value, _PLAIN_TYPES)
 
 
 def _names_read_by(module: nn.Module) -> set[str]:
@@ -246,26 +260,36 @@ def write_program(
     tracer = Tracer(owner, form, opaque, helpers, inline)
     graph = tracer.run()
     modules = dict(owner.named_modules(remove_duplicate=False))
-    replace_chains(graph, modules)
+    replace_sites(graph, modules)
+    return program_from(graph, owner, form, FusedSite, tracer.inlined)
+
+
+def program_from(graph: fx.Graph, owner: nn.Module, form: CallForm, kind: type, inlined: set[nn.Module]) -> Program:
+    """The :class:`Program` of ``graph``, in which calls of ``kind`` run the sites.
+
+    Raises:
+        Untraceable: its Python cannot be written down.
+    """
     for node in graph.nodes:
         node.type = None  # the text needs no annotations, and their names might not be importable
     graph.lint()
     try:
         code = graph.python_code("self")
-        names = {name: value for name, value in code.globals.items() if not isinstance(value, FusedSite)}
-        sites = {name: value for name, value in code.globals.items() if isinstance(value, FusedSite)}
-        return Program(owner, form, code.src, names, sites, tracer.inlined)
+        names = {name: value for name, value in code.globals.items() if not isinstance(value, kind)}
+        sites = {name: value for name, value in code.globals.items() if isinstance(value, kind)}
+        return Program(owner, form, code.src, names, sites, inlined)
     except (RuntimeError, NotImplementedError, AttributeError, SyntaxError) as error:  # a call without a name
         raise Untraceable(owner, f"its graph cannot be written as Python: {error}") from error
 
 
-def replace_chains(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-    """Make one call of a :class:`FusedSite` of every site in ``graph``."""
+def replace_sites(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Make one call of a :class:`FusedSite` of every site in ``graph``; it was made under all calls of its nodes."""
     for index, chain in enumerate(find_chains(graph, modules)[0]):
         site = FusedSite(chain, modules, f"separable_{index}")
         # In the place of the first node: later ones may come after something that changes the input in place.
         with graph.inserting_before(chain.nodes[0]):
             call = graph.call_function(site, (input_of(chain.nodes[0]),))
+        call.meta["calls"] = tuple({made: None for node in chain.nodes for made in node.meta["calls"]})
         chain.nodes[-1].replace_all_uses_with(call)
         for node in sorted(chain.nodes, reverse=True):
             graph.erase_node(node)

@@ -7,6 +7,7 @@ forward holds the sites. Whenever a call is not what was traced, the forward of 
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -31,6 +32,11 @@ class FusedForward:
     @property
     def __wrapped__(self) -> Callable[..., Any]:
         return original_forward(self.owner)
+
+    @property
+    def __code__(self) -> types.CodeType:
+        """``torch.export`` names its program after it."""
+        return original_forward(self.owner).__code__
 
     @property
     def __globals__(self) -> NoReturn:
