@@ -195,28 +195,30 @@ class TrainingRun {
     const SeparableParams<T>& conv = params.conv;
     const int64_t channels = conv.in_channels, padded = padded_channels(channels);
     const int64_t step = kernels_.depthwise_backward_channels(conv.channels_last);
-    const int64_t jobs_per_image = (channels + step - 1) / step, jobs = conv.batch * jobs_per_image;
-    std::vector<double> sums(grad_weight == nullptr ? 0 : size_t(conv.batch * 9 * padded));
+    const int64_t groups = (channels + step - 1) / step;
+    // Images in so many parts that there is enough to share out, whatever the number of threads.
+    constexpr int64_t kJobs = 16;
+    const int64_t parts = std::min(conv.batch, (kJobs + groups - 1) / groups), jobs = parts * groups;
+    std::vector<double> sums(grad_weight == nullptr ? 0 : size_t(parts * 9 * padded));
     const int64_t scratch_size = (kernels_.depthwise_backward_scratch_size(params) + 15) / 16 * 16;
     const int64_t workers = std::min(jobs, threads_);
     T* const scratch = static_cast<T*>(workspace.get(size_t(workers * scratch_size) * sizeof(T)));
     parallel_for_(workers, [&](int64_t first, int64_t last) {
       for (int64_t worker = first; worker < last; ++worker) {
         for (int64_t job = worker * jobs / workers; job < (worker + 1) * jobs / workers; ++job) {
-          const int64_t image = job / jobs_per_image, begin = job % jobs_per_image * step;
-          kernels_.depthwise_backward(params, image, begin, std::min(begin + step, channels),
-                                      scratch + worker * scratch_size,
-                                      grad_weight == nullptr ? nullptr : sums.data() + image * 9 * padded);
+          const int64_t part = job / groups, begin = job % groups * step;
+          kernels_.depthwise_backward(params, part * conv.batch / parts, (part + 1) * conv.batch / parts, begin,
+                                      std::min(begin + step, channels), scratch + worker * scratch_size,
+                                      grad_weight == nullptr ? nullptr : sums.data() + part * 9 * padded);
         }
       }
     });
     if (grad_weight == nullptr) return;
+    for (int64_t part = 1; part < parts; ++part) {
+      for (int64_t i = 0; i < 9 * padded; ++i) sums[size_t(i)] += sums[size_t(part * 9 * padded + i)];
+    }
     for (int64_t c = 0; c < channels; ++c) {
-      for (int64_t t = 0; t < 9; ++t) {
-        double sum = 0;
-        for (int64_t image = 0; image < conv.batch; ++image) sum += sums[size_t((image * 9 + t) * padded + c)];
-        grad_weight[9 * c + t] = T(sum);
-      }
+      for (int64_t t = 0; t < 9; ++t) grad_weight[9 * c + t] = parts == 0 ? T(0) : T(sums[size_t(t * padded + c)]);
     }
   }
 

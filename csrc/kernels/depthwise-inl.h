@@ -33,23 +33,19 @@ enum class Taps {
   kChecked,  // any; columns outside the map count as zero; the last channels load through a mask
 };
 
-// h[0..M][kLanes] of `segment` at channel offset `channel`; `weights` is a bias and nine taps, a vector each.
+// sum[m] = the nine taps of pixel m at channel offset `channel`; `weights` is nine taps, a vector each.
 //
 // Registers, kUnit: M accumulators + M + 2 columns + 1 weight: 15 of 16 (AVX2), 31 of 32 (AVX-512). For each tap row
 // M + 2 + 3 loads feed 3 M FMAs.
 template <class V, int M, Taps kTaps>
-__attribute__((noinline)) void depthwise_segment(const Segment<typename V::T>& segment, int64_t channel,
-                                                 typename V::Mask mask, const typename V::T* weights,
-                                                 typename V::T* out) {
+FUSEDSEP_INLINE void accumulate_taps(const Segment<typename V::T>& segment, int64_t channel, typename V::Mask mask,
+                                     const typename V::T* weights, V sum[M]) {
   using T = typename V::T;
   constexpr int L = V::kLanes;
   const int64_t step = segment.pixel_stride;
-  const V bias = V::load(weights);
-  V sum[M];
   FUSEDSEP_UNROLL(16)
   for (int m = 0; m < M; ++m) sum[m] = V::zero();
-  for (int u = 0; u < 3; ++u) {
-    weights += u == 0 ? L : 3 * L;
+  for (int u = 0; u < 3; ++u, weights += 3 * L) {
     if (segment.row[u] == nullptr) continue;
     const T* x = segment.row[u] + channel;
     if constexpr (kTaps == Taps::kUnit) {
@@ -80,6 +76,17 @@ __attribute__((noinline)) void depthwise_segment(const Segment<typename V::T>& s
       }
     }
   }
+}
+
+// h[0..M][kLanes] of `segment` at channel offset `channel`; `weights` is a bias and nine taps, a vector each.
+template <class V, int M, Taps kTaps>
+__attribute__((noinline)) void depthwise_segment(const Segment<typename V::T>& segment, int64_t channel,
+                                                 typename V::Mask mask, const typename V::T* weights,
+                                                 typename V::T* out) {
+  constexpr int L = V::kLanes;
+  V sum[M];
+  accumulate_taps<V, M, kTaps>(segment, channel, mask, weights + L, sum);
+  const V bias = V::load(weights);
   FUSEDSEP_UNROLL(16)
   for (int m = 0; m < M; ++m) activate(segment.activation, V::add(bias, sum[m])).store(out + m * L);
 }

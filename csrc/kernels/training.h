@@ -21,9 +21,10 @@
 // is computed from x again, which is read anyway, and h, gp and gd are tiles alone.
 //
 // Sums      Statistics are formed per tile, around the mean of the tile, and merged by Chan's formula; sums over n are
-//           chains of at most 16 neighbours in T, added up in double. The sums of a tile go to its own place, and the
-//           caller merges them in the order of tiles. Weight gradients of the pointwise convolution add up groups of
-//           tiles in order. None of this depends on the number of threads.
+//           chains of at most 16 neighbours in T, added up in double (those of the depthwise weight gradient: at most
+//           16 such chains added up in T first). The sums of a tile go to its own place, and the caller merges them in
+//           the order of tiles. Weight gradients of the pointwise convolution add up groups of tiles in order. None of
+//           this depends on the number of threads.
 // Channels  Values a channel (Affine, Correction) and sums (double) lie in arrays of `padded_channels()` elements, zero
 //           behind the last channel.
 // Tiles     Pixels [begin, end) as in separable.h, but in channels_last they may go on into the next images, so that
@@ -111,10 +112,10 @@ struct TrainingKernels {
   // Channels of one job of depthwise_backward: a multiple of `lanes` in channels_last, one in NCHW.
   int64_t (*depthwise_backward_channels)(bool channels_last);
   int64_t (*depthwise_backward_scratch_size)(const TrainingParams<T>& params);
-  // grad_x of channels [begin, end) of one image, and sums[3 * u + v][c], the depthwise weight gradient, where `sums`
-  // is not null. From g1, x and correction1.
-  void (*depthwise_backward)(const TrainingParams<T>& params, int64_t image, int64_t begin, int64_t end, T* scratch,
-                             double* sums);
+  // grad_x of channels [begin, end) of images [first_image, last_image), and their part of the depthwise weight
+  // gradient, added to sums[3 * u + v][c], where `sums` is not null. From g1, x and correction1.
+  void (*depthwise_backward)(const TrainingParams<T>& params, int64_t first_image, int64_t last_image, int64_t begin,
+                             int64_t end, T* scratch, double* sums);
 };
 
 }  // namespace fusedsep
