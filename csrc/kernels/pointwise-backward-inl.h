@@ -22,8 +22,8 @@ void normalize_backward_reduce(const TrainingParams<typename V::T>& p, const Til
     const StripAffine<V, kChannelsLast> affine(p.affine2, strip);
     V sum = V::zero(), moment = V::zero();
     for (int64_t i = 0; i < strip.count; ++i) {
-      const V value = values.load(strip, i);
-      const V g = activation_gradient(p.pointwise_activation, affine(value), gradients.load(strip, i));
+      const V value = values.load_streaming(strip, i), gradient_y = gradients.load_streaming(strip, i);
+      const V g = activation_gradient(p.pointwise_activation, affine(value), gradient_y);
       sum = V::add(sum, g);
       moment = V::fma(g, V::sub(value, affine.center), moment);
     }
@@ -57,8 +57,8 @@ void product_gradient(const TrainingParams<typename V::T>& p, const Tile& tile, 
     const StripAffine<V, kChannelsLast> affine(p.affine2, strip);
     const StripCorrection<V, kChannelsLast> corrected(p.correction2, strip);
     for (int64_t i = 0; i < strip.count; ++i) {
-      const V value = values.load(strip, i);
-      const V g = activation_gradient(p.pointwise_activation, affine(value), gradients.load(strip, i));
+      const V value = values.load_streaming(strip, i), gradient_y = gradients.load_streaming(strip, i);
+      const V g = activation_gradient(p.pointwise_activation, affine(value), gradient_y);
       const V gradient = V::mul(affine.scale, corrected(g, V::sub(value, affine.center)));
       counted<V, kChannelsLast>(strip, i, gradient).store(out.at(i));
     }

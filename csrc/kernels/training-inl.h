@@ -300,7 +300,7 @@ void normalize(const TrainingParams<typename V::T>& p, const Tile& tile) {
     const auto from = in_map<V, kChannelsLast>(product, pitch, strip), to = in_map<V, kChannelsLast>(y, pitch, strip);
     const StripAffine<V, kChannelsLast> affine(p.affine2, strip);
     for (int64_t i = 0; i < strip.count; ++i) {
-      to.store(strip, i, activate(p.pointwise_activation, affine(from.load(strip, i))), stream);
+      to.store(strip, i, activate(p.pointwise_activation, affine(from.load_streaming(strip, i))), stream);
     }
   });
   if (stream) V::fence();
