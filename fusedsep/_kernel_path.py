@@ -239,7 +239,7 @@ def run_training(
     # What the batch takes the place of must not reach autograd, which would find it changed by this step.
     operands = operands._replace(**_WITHOUT_STATISTICS1) if trains1 else operands
     operands = operands._replace(**_WITHOUT_STATISTICS2) if trains2 else operands
-    y, _, mean1, var1, mean2, var2 = _ops.separable_conv2d_training(x, *_contiguous(operands), *settings)
+    y, _, mean1, var1, mean2, var2, _ = _ops.separable_conv2d_training(x, *_contiguous(operands), *settings)
     values_per_channel = y.shape[0] * y.shape[2] * y.shape[3]
     if bn1 is not None:
         _training.update_running_statistics(bn1, mean1, var1, values_per_channel)

@@ -119,11 +119,11 @@ def _(x, *operands_and_settings):  # type: ignore[no-untyped-def]
     y = _map(x, out_channels, *settings[4:10], settings.channels_last)
     # The product is in the format that the kernels run in (csrc/bindings/training_call.h).
     p = _map(x, out_channels, *settings[4:10], settings.channels_last or x.shape[3] < 32)
-    return y, p, *statistics
+    return y, p, *statistics, x.new_empty((4, out_channels))
 
 
 @torch.library.register_fake("fusedsep::separable_conv2d_training_backward")
-def _(grad_y, x, p, *operands_settings_and_wanted):  # type: ignore[no-untyped-def]
+def _(grad_y, x, x_normalization, p, *operands_settings_and_wanted):  # type: ignore[no-untyped-def]
     *operands_and_settings, wanted = operands_settings_and_wanted
     operands, settings = Operands(*operands_and_settings[:12]), Settings(*operands_and_settings[12:])
     in_channels, out_channels = operands.dw_weight.shape[0], operands.pw_weight.shape[0]

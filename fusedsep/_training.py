@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-from . import _compat, _ops
+from . import _compat, _kept_input, _ops
 from ._activations import ACTIVATION_NAMES, apply_activation
 from ._ops import BATCH_STATISTICS, FIXED_STATISTICS, NO_NORM, Operands, Settings
 
@@ -71,19 +71,40 @@ def _composite_outputs(x: torch.Tensor, operands: Operands, settings: Settings) 
             outputs += [mean, var]
         else:
             outputs += [x.new_empty(0), x.new_empty(0)]
-    return tuple(outputs)
+    return *outputs, _composite_normalization(product.detach(), *outputs[4:], operands, settings)
+
+
+def _composite_normalization(
+    p: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, operands: Operands, settings: Settings
+) -> torch.Tensor:
+    """What makes ``y`` of ``p``, as :mod:`fusedsep._kept_input` says it."""
+    t = operands
+    if settings.bn2_mode == FIXED_STATISTICS:
+        mean, var = t.bn2_mean, t.bn2_var
+    zeros = p.new_zeros(p.shape[1])
+    center, scale, shift = zeros, zeros + 1, zeros
+    if settings.bn2_mode != NO_NORM:
+        center, scale = mean, torch.rsqrt(var.double() + settings.bn2_eps).to(p.dtype)
+        scale = scale if t.bn2_weight is None else scale * t.bn2_weight
+        shift = zeros if t.bn2_bias is None else t.bn2_bias
+    if t.pw_bias is not None:
+        center = center - t.pw_bias
+    return torch.stack([center, scale, shift, zeros + settings.pointwise_activation]).detach()
 
 
 # ----------------------------------------------------------------------------------------------------------- gradients
 
 
 class SeparableConvFunction(torch.autograd.Function):
-    """The training operator and its derivative. Keeps ``x``, the raw pointwise product ``p`` and the small tensors."""
+    """The training operator and its derivative.
+
+    Keeps the raw pointwise product ``p``, what :mod:`fusedsep._kept_input` keeps for ``x``, and the small tensors.
+    """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
         with _compat.below_autograd():
-            y, p, mean1, var1, mean2, var2 = _forward_operator(*arguments)
+            y, p, mean1, var1, mean2, var2, normalization = _forward_operator(*arguments)
         x, operands, settings = _split(arguments)
         # Running statistics are not kept where those of the batch take their place: the step changes them.
         if settings.bn1_mode == BATCH_STATISTICS:
@@ -92,9 +113,12 @@ class SeparableConvFunction(torch.autograd.Function):
             operands = operands._replace(bn2_mean=mean2, bn2_var=var2)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(p, mean1, var1, mean2, var2)
-        ctx.save_for_backward(x, p, *operands)
-        return y, p, mean1, var1, mean2, var2
+        ctx.mark_non_differentiable(p, mean1, var1, mean2, var2, normalization)
+        kept, x_normalization = _kept_input.kept_for_backward(x)
+        ctx.origin = None if kept is x else x.grad_fn  # the block that made the product
+        ctx.save_for_backward(kept, x_normalization, p, *operands)
+        ctx.product = _kept_input.remember(y, p, normalization)
+        return y, p, mean1, var1, mean2, var2, normalization
 
     @staticmethod
     def backward(ctx: Any, grad_y: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
@@ -102,8 +126,26 @@ class SeparableConvFunction(torch.autograd.Function):
         without = (None,) * len(Settings._fields)
         if grad_y is None:
             return (None,) * _TENSORS + without
-        x, p, *operands = ctx.saved_tensors
-        return *gradients(grad_y, x, p, Operands(*operands), ctx.settings, ctx.needs_input_grad), *without
+        x, x_normalization, p, *operands = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a gradient of the gradient will be asked for
+            x, x_normalization = _differentiable_input(ctx), None
+        product = ctx.product()
+        if product is not None:
+            product.forget()
+        grads = gradients(grad_y, x, p, Operands(*operands), ctx.settings, ctx.needs_input_grad, x_normalization)
+        return *grads, *without
+
+
+def _differentiable_input(node: Any) -> torch.Tensor:
+    """The input of a block, with its history; of ``node``, the block's :class:`SeparableConvFunction` in the graph."""
+    kept, normalization, _, *_ = node.saved_tensors
+    if not _kept_input.is_product(normalization):
+        return kept
+    if node.origin is None:  # the history was cut off
+        center, scale, shift, code = normalization.view(4, -1, 1, 1)
+        return apply_activation(ACTIVATION_NAMES[int(code[0].item())], (kept - center) * scale + shift)
+    _, _, _, *operands = node.origin.saved_tensors
+    return composite(_differentiable_input(node.origin), Operands(*operands), node.origin.settings)
 
 
 def gradients(
@@ -113,6 +155,7 @@ def gradients(
     operands: Operands,
     settings: Settings,
     needed: Sequence[bool],
+    x_normalization: torch.Tensor | None = None,
 ) -> list[torch.Tensor | None]:
     """Gradients of ``x`` and of each operand, for the ``backward`` of an ``autograd.Function``.
 
@@ -122,6 +165,7 @@ def gradients(
         p: the raw pointwise product, or ``None`` to compute it again; the latter for fixed statistics alone.
         operands: contiguous, with the statistics that ``y`` was normalized with.
         needed: for ``x`` and each operand, whether its gradient is wanted; ``None`` is returned for the others.
+        x_normalization: what makes the input of ``x``, where that is a product (:mod:`fusedsep._kept_input`).
     """
     result: list[torch.Tensor | None] = [None] * _TENSORS
     wanted = [i for i in _DIFFERENTIABLE if needed[i]]
@@ -138,7 +182,7 @@ def gradients(
     if p is None:
         p = _ops.separable_conv2d_training(x, *operands, *settings)[1]
     bits = sum(1 << bit for bit, i in enumerate(_DIFFERENTIABLE) if needed[i])
-    grads = _ops.separable_conv2d_training_backward(grad_y, x, p, *operands, *settings, bits)
+    grads = _ops.separable_conv2d_training_backward(grad_y, x, x_normalization, p, *operands, *settings, bits)
     for bit, i in enumerate(_DIFFERENTIABLE):
         if needed[i]:
             result[i] = grads[bit]

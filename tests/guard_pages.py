@@ -111,11 +111,18 @@ def check_training(case: Case, dtype: torch.dtype, channels_last: bool) -> None:
             for tensor in (given.x, given.grad_y, *given.operands)
         )
         outputs = _ops.separable_conv2d_training(x, *operands, *settings)
-        p, *statistics = (there(output, at_end) for output in outputs[1:])
+        p, *statistics = (there(output, at_end) for output in outputs[1:6])
         operands[4:6], operands[10:12] = statistics[:2], statistics[2:]
         wanted = training_reference.all_wanted(given)
-        gradients = _ops.separable_conv2d_training_backward(grad_y, x, p, *operands, *settings, wanted)
-        for ours, exact in zip((*outputs, *gradients), expected, strict=True):
+        gradients = _ops.separable_conv2d_training_backward(grad_y, x, None, p, *operands, *settings, wanted)
+        for ours, exact in zip((*outputs[:6], *gradients), expected, strict=True):
+            assert torch.equal(ours, exact)
+        # The same numbers as the product of a block before, and what that block makes of it.
+        normalization = there(torch.cat([torch.randn(3, x.shape[1]), torch.ones(1, x.shape[1])]).to(dtype), at_end)
+        y = _ops.normalize(x, normalization[:3].double(), 1, channels_last)
+        of_input = _ops.separable_conv2d_training_backward(grad_y, y, None, p, *operands, *settings, wanted)
+        of_product = _ops.separable_conv2d_training_backward(grad_y, x, normalization, p, *operands, *settings, wanted)
+        for ours, exact in zip(of_product, of_input, strict=True):
             assert torch.equal(ours, exact)
 
 

@@ -272,4 +272,4 @@ def test_the_backward_wants_the_statistics_of_the_batch():
     p = given.grad_y.clone()
     rest = (*settings(given, False), all_wanted(given))
     with pytest.raises(RuntimeError, match="bn1_mean and bn1_var must be given in bn1_mode 2"):
-        _ops.separable_conv2d_training_backward(given.grad_y, given.x, p, *given.operands, *rest)
+        _ops.separable_conv2d_training_backward(given.grad_y, given.x, None, p, *given.operands, *rest)

@@ -61,14 +61,14 @@ def arguments(
 
 def backward_arguments(wanted, *forward, dense=True):
     """The arguments of `separable_conv2d_training_backward` for those of the forward operator."""
-    y, p, mean1, var1, mean2, var2 = _ops.separable_conv2d_training(*forward)
+    y, p, mean1, var1, mean2, var2, _ = _ops.separable_conv2d_training(*forward)
     operands, settings = Operands(*forward[1:13]), Settings(*forward[13:])
     if settings.bn1_mode == _ops.BATCH_STATISTICS:
         operands = operands._replace(bn1_mean=mean1, bn1_var=var1)
     if settings.bn2_mode == _ops.BATCH_STATISTICS:
         operands = operands._replace(bn2_mean=mean2, bn2_var=var2)
     grad_y = random(*y.shape, seed=7, dtype=y.dtype) if dense else torch.ones((), dtype=y.dtype).expand_as(y)
-    return grad_y, forward[0], p, *operands, *settings, wanted
+    return grad_y, forward[0], None, p, *operands, *settings, wanted
 
 
 def pass_arguments(channels_last, dtype=torch.double):

@@ -171,7 +171,7 @@ def run(given: Arguments, dtype=torch.double, channels_last=False, wanted=None, 
     x = given.x.to(dtype).contiguous(memory_format=memory_format)
     operands = [None if t is None else t.to(dtype) for t in given.operands]
     rest = settings(given, channels_last)
-    y, p, mean1, var1, mean2, var2 = _ops.separable_conv2d_training(x, *operands, *rest)
+    y, p, mean1, var1, mean2, var2, _ = _ops.separable_conv2d_training(x, *operands, *rest)
     if given.modes[0] == 2:
         operands[4], operands[5] = mean1, var1
     if given.modes[1] == 2:
@@ -180,7 +180,7 @@ def run(given: Arguments, dtype=torch.double, channels_last=False, wanted=None, 
         grad_y = given.grad_y.to(dtype).contiguous(memory_format=memory_format)
     if wanted is None:
         wanted = all_wanted(given)
-    gradients = _ops.separable_conv2d_training_backward(grad_y, x, p, *operands, *rest, wanted)
+    gradients = _ops.separable_conv2d_training_backward(grad_y, x, None, p, *operands, *rest, wanted)
     return [y, p, mean1, var1, mean2, var2], list(gradients)
 
 

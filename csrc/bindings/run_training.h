@@ -238,9 +238,15 @@ class TrainingRun {
     const int64_t jobs = end - begin, workers = std::min(jobs, threads_);
     if (jobs == 0) return;
     const SeparableParams<T>& conv = params.conv;
-    const int64_t size =
-        (kernels_.scratch_size(conv.in_channels, conv.out_channels, tiles_.most_pixels(), conv.channels_last) + 15) /
-        16 * 16;
+    int64_t input_pixels = 0;
+    for (int64_t i = begin; i < end && params.x_affine.center != nullptr; ++i) {
+      const PixelRange range = input_of_tile(conv, tiles_[i]);
+      input_pixels = std::max(input_pixels, range.end - range.begin);
+    }
+    const int64_t size = (kernels_.scratch_size(conv.in_channels, conv.out_channels, tiles_.most_pixels(), input_pixels,
+                                                conv.channels_last) +
+                          15) /
+                         16 * 16;
     T* const scratch = static_cast<T*>(workspace.get(size_t(workers * size) * sizeof(T)));
     parallel_for_(workers, [&](int64_t first, int64_t last) {
       for (int64_t worker = first; worker < last; ++worker) {

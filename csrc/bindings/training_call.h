@@ -30,7 +30,9 @@ struct Call {
   bool channels_last;
   int64_t batch, in_channels, height, width, out_channels, out_height, out_width;
 
-  Call(const Tensor& x, const Tensor& dw_weight, int64_t outputs, const Geometry& g, bool channels_last)
+  // `x` is in the memory format that `channels_last` tells, unless it may have `any_strides`.
+  Call(const Tensor& x, const Tensor& dw_weight, int64_t outputs, const Geometry& g, bool channels_last,
+       bool any_strides = false)
       : geometry(g), channels_last(channels_last), out_channels(outputs) {
     check_geometry(g);
     STD_TORCH_CHECK(x.dim() == 4 && x.size(1) >= 1 && x.is_cpu(), "x must be a CPU tensor of shape [N, C, H, W]");
@@ -40,7 +42,7 @@ struct Call {
     width = x.size(3);
     STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
                     "x must be float32 or float64");
-    STD_TORCH_CHECK(is_dense(x, sizes_of(x), channels_last), "x must be contiguous in ",
+    STD_TORCH_CHECK(any_strides || is_dense(x, sizes_of(x), channels_last), "x must be contiguous in ",
                     channels_last ? "channels_last" : "NCHW", " memory format");
     STD_TORCH_CHECK(dw_weight.dim() == 4 && dw_weight.size(0) == in_channels && dw_weight.size(1) == 1 &&
                         dw_weight.size(2) == 3 && dw_weight.size(3) == 3 && dw_weight.is_contiguous() &&
@@ -86,6 +88,20 @@ struct Call {
     return params;
   }
 };
+
+// Params of the passes that see p alone: one pixel of x stands for one of p.
+template <typename T>
+TrainingParams<T> params_of_product(const Tensor& p, int64_t activation, bool channels_last) {
+  TrainingParams<T> params{};
+  params.conv.y = const_cast<T*>(p.const_data_ptr<T>());
+  params.conv.batch = p.size(0);
+  params.conv.in_channels = params.conv.out_channels = p.size(1);
+  params.conv.out_height = p.size(2);
+  params.conv.out_width = p.size(3);
+  params.conv.channels_last = channels_last;
+  params.pointwise_activation = Activation(activation);
+  return params;
+}
 
 inline void check_pointwise_weight(int64_t in_channels, ScalarType dtype, const Tensor& pw_weight) {
   STD_TORCH_CHECK(pw_weight.dim() == 4 && pw_weight.size(0) >= 1 && pw_weight.size(1) == in_channels &&
@@ -152,9 +168,74 @@ class Incoming {
     transpose_images(map.const_data_ptr<T>(), sizes, wants_channels_last, map_.mutable_data_ptr<T>());
   }
   const T* data() const { return map_.const_data_ptr<T>(); }
+  const Tensor& map() const { return map_; }
 
  private:
   Tensor map_;
+};
+
+template <typename T>
+auto run_of(const TrainingParams<T>& params) {
+  static const TorchParallelFor parallel_for;
+  return TrainingRun<T, TorchParallelFor>(active_isa().training<T>(), params, torch::stable::get_num_threads(),
+                                          parallel_for);
+}
+
+// The input of a block in the backward. It may be kept as the raw product of the block that it came from, and what
+// makes x of it: `normalization` [4, C], rows of center, scale, shift and the code of the activation. A negative code
+// says that `map` is x itself, and so does no `normalization`. `map` may have any strides: a product is in the format
+// that its block ran in, and whoever kept it may have laid it out anew.
+template <typename T>
+class KeptInput {
+ public:
+  KeptInput(const Tensor& map, const Vector& normalization, const Call& call, bool wants_channels_last)
+      : map_(map), normalized_(is_normalized(normalization, call.in_channels)) {
+    const std::array<int64_t, 4> sizes = call.in_sizes();
+    if (is_dense(map, sizes, !wants_channels_last))
+      map_ = Incoming<T>(map, sizes, !wants_channels_last, wants_channels_last).map();
+    map_ = dense(map_, sizes, wants_channels_last);
+    if (!normalized_) return;
+    const T* rows = normalization->const_data_ptr<T>();
+    activation_ = Activation(int64_t(rows[3 * call.in_channels]));
+    for (int64_t row = 0; row < 3; ++row) {
+      rows_.emplace_back(size_t(padded_channels(call.in_channels)), T(0));
+      std::copy_n(rows + row * call.in_channels, call.in_channels, rows_.back().data());
+    }
+    if (wants_channels_last) return;
+    auto run = run_of(params_of_product<T>(map_, int64_t(activation_), false));
+    const Tensor x = empty_map(sizes, false, kScalarType<T>);
+    run.params.affine2 = affine();
+    run.params.y = x.mutable_data_ptr<T>();
+    run.normalize();
+    map_ = x;
+    normalized_ = false;
+  }
+  // For the passes of the backward.
+  void set(TrainingParams<T>& params) const {
+    params.conv.x = map_.template const_data_ptr<T>();
+    if (!normalized_) return;
+    params.x_affine = affine();
+    params.x_activation = activation_;
+  }
+
+ private:
+  static bool is_normalized(const Vector& normalization, int64_t channels) {
+    if (!normalization.has_value()) return false;
+    STD_TORCH_CHECK(normalization->dim() == 2 && normalization->size(0) == 4 && normalization->size(1) == channels &&
+                        normalization->is_contiguous() && normalization->is_cpu() &&
+                        normalization->scalar_type() == kScalarType<T>,
+                    "x_normalization must be a contiguous CPU tensor of shape [4, ", channels, "] and the dtype of x");
+    const T code = normalization->const_data_ptr<T>()[3 * channels];
+    STD_TORCH_CHECK(code < 0 || code == T(0) || code == T(1) || code == T(2) || code == T(3),
+                    "row 3 of x_normalization must hold the code of an activation, or -1");
+    return code >= 0;
+  }
+  Affine<T> affine() const { return {rows_[0].data(), rows_[1].data(), rows_[2].data()}; }
+
+  Tensor map_;
+  bool normalized_;
+  Activation activation_ = Activation::kNone;
+  std::vector<std::vector<T>> rows_;
 };
 
 // A map that the kernels write in the memory format that they want.
@@ -182,13 +263,6 @@ class Outgoing {
   bool channels_last_;
   Tensor map_, written_;
 };
-
-template <typename T>
-auto run_of(const TrainingParams<T>& params) {
-  static const TorchParallelFor parallel_for;
-  return TrainingRun<T, TorchParallelFor>(active_isa().training<T>(), params, torch::stable::get_num_threads(),
-                                          parallel_for);
-}
 
 // f(T()) for the element type of `x`.
 template <class F>

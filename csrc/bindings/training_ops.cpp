@@ -41,8 +41,22 @@ struct Modules {
   }
 };
 
-using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Nine = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// What makes y of p, as KeptInput takes it.
+template <typename T>
+Tensor normalization_of(const Norm<T>& norm, int64_t channels, int64_t activation) {
+  Tensor rows = empty_strided<2>({4, channels}, {channels, 1}, kScalarType<T>);
+  T* data = rows.mutable_data_ptr<T>();
+  const Affine<T> affine = norm.affine();
+  std::copy_n(affine.center, channels, data);
+  std::copy_n(affine.scale, channels, data + channels);
+  std::copy_n(affine.shift, channels, data + 2 * channels);
+  std::fill_n(data + 3 * channels, channels, T(activation));
+  return rows;
+}
+
 // mean and variance of one BN for the caller: what `measure` finds, or nothing.
 template <typename T, class F>
 std::pair<Tensor, Tensor> take_statistics(Norm<T>& norm, int64_t channels, const Vector& fixed_mean,
@@ -62,13 +76,14 @@ std::pair<Tensor, Tensor> take_statistics(Norm<T>& norm, int64_t channels, const
   return {nothing(kScalarType<T>), nothing(kScalarType<T>)};
 }
 
-Six separable_conv2d_training(const Tensor& x, const Tensor& dw_weight, const Vector& dw_bias, const Vector& bn1_weight,
-                              const Vector& bn1_bias, const Vector& bn1_mean, const Vector& bn1_var,
-                              const Tensor& pw_weight, const Vector& pw_bias, const Vector& bn2_weight,
-                              const Vector& bn2_bias, const Vector& bn2_mean, const Vector& bn2_var, int64_t bn1_mode,
-                              double bn1_eps, int64_t bn2_mode, double bn2_eps, int64_t stride, int64_t dilation,
-                              int64_t pad_left, int64_t pad_right, int64_t pad_top, int64_t pad_bottom,
-                              int64_t activation, int64_t pointwise_activation, bool channels_last) {
+Seven separable_conv2d_training(const Tensor& x, const Tensor& dw_weight, const Vector& dw_bias,
+                                const Vector& bn1_weight, const Vector& bn1_bias, const Vector& bn1_mean,
+                                const Vector& bn1_var, const Tensor& pw_weight, const Vector& pw_bias,
+                                const Vector& bn2_weight, const Vector& bn2_bias, const Vector& bn2_mean,
+                                const Vector& bn2_var, int64_t bn1_mode, double bn1_eps, int64_t bn2_mode,
+                                double bn2_eps, int64_t stride, int64_t dilation, int64_t pad_left, int64_t pad_right,
+                                int64_t pad_top, int64_t pad_bottom, int64_t activation, int64_t pointwise_activation,
+                                bool channels_last) {
   const Geometry geometry{stride, dilation, pad_left, pad_right, pad_top, pad_bottom, activation, pointwise_activation};
   const Call call(x, dw_weight, pw_weight.size(0), geometry, channels_last);
   const ScalarType dtype = x.scalar_type();
@@ -76,7 +91,7 @@ Six separable_conv2d_training(const Tensor& x, const Tensor& dw_weight, const Ve
                         bn2_weight, bn2_bias, bn2_mean,   bn2_var,  bn1_mode, bn1_eps, bn2_mode,  bn2_eps};
   modules.check(call, dtype, false);
 
-  return dispatch(x, [&](auto zero) -> Six {
+  return dispatch(x, [&](auto zero) -> Seven {
     using T = decltype(zero);
     const bool in_channels_last = call.runs_channels_last();
     const Incoming<T> own_x(x, call.in_sizes(), channels_last, in_channels_last);
@@ -100,21 +115,21 @@ Six separable_conv2d_training(const Tensor& x, const Tensor& dw_weight, const Ve
                                                [&](double* mean, double* variance) { run.forward(mean, variance); });
     run.params.affine2 = norm2.affine();
     run.normalize();
-    return {y.map(), p, mean1, var1, mean2, var2};
+    return {y.map(), p, mean1, var1, mean2, var2, normalization_of(norm2, call.out_channels, pointwise_activation)};
   });
 }
 
-Nine separable_conv2d_training_backward(const Tensor& grad_y, const Tensor& x, const Tensor& p, const Tensor& dw_weight,
-                                        const Vector& dw_bias, const Vector& bn1_weight, const Vector& bn1_bias,
-                                        const Vector& bn1_mean, const Vector& bn1_var, const Tensor& pw_weight,
-                                        const Vector& pw_bias, const Vector& bn2_weight, const Vector& bn2_bias,
-                                        const Vector& bn2_mean, const Vector& bn2_var, int64_t bn1_mode, double bn1_eps,
-                                        int64_t bn2_mode, double bn2_eps, int64_t stride, int64_t dilation,
-                                        int64_t pad_left, int64_t pad_right, int64_t pad_top, int64_t pad_bottom,
-                                        int64_t activation, int64_t pointwise_activation, bool channels_last,
-                                        int64_t wanted) {
+Nine separable_conv2d_training_backward(const Tensor& grad_y, const Tensor& x, const Vector& x_normalization,
+                                        const Tensor& p, const Tensor& dw_weight, const Vector& dw_bias,
+                                        const Vector& bn1_weight, const Vector& bn1_bias, const Vector& bn1_mean,
+                                        const Vector& bn1_var, const Tensor& pw_weight, const Vector& pw_bias,
+                                        const Vector& bn2_weight, const Vector& bn2_bias, const Vector& bn2_mean,
+                                        const Vector& bn2_var, int64_t bn1_mode, double bn1_eps, int64_t bn2_mode,
+                                        double bn2_eps, int64_t stride, int64_t dilation, int64_t pad_left,
+                                        int64_t pad_right, int64_t pad_top, int64_t pad_bottom, int64_t activation,
+                                        int64_t pointwise_activation, bool channels_last, int64_t wanted) {
   const Geometry geometry{stride, dilation, pad_left, pad_right, pad_top, pad_bottom, activation, pointwise_activation};
-  const Call call(x, dw_weight, pw_weight.size(0), geometry, channels_last);
+  const Call call(x, dw_weight, pw_weight.size(0), geometry, channels_last, true);
   const ScalarType dtype = x.scalar_type();
   const Modules modules{dw_weight,  dw_bias,  bn1_weight, bn1_bias, bn1_mean, bn1_var, pw_weight, pw_bias,
                         bn2_weight, bn2_bias, bn2_mean,   bn2_var,  bn1_mode, bn1_eps, bn2_mode,  bn2_eps};
@@ -130,7 +145,7 @@ Nine separable_conv2d_training_backward(const Tensor& grad_y, const Tensor& x, c
   return dispatch(x, [&](auto zero) -> Nine {
     using T = decltype(zero);
     const bool in_channels_last = call.runs_channels_last();
-    const Incoming<T> own_x(x, call.in_sizes(), channels_last, in_channels_last);
+    const KeptInput<T> own_x(x, x_normalization, call, in_channels_last);
     const Tensor own_p = dense(p, call.out_sizes(), in_channels_last);  // whoever kept it may have laid it out anew
     const Tensor dense_grad_y = dense(grad_y, call.out_sizes(), channels_last);
     const Incoming<T> own_grad_y(dense_grad_y, call.out_sizes(), channels_last, in_channels_last);
@@ -139,7 +154,8 @@ Nine separable_conv2d_training_backward(const Tensor& grad_y, const Tensor& x, c
                          bn1_mode == 0 ? nullptr : bn1_var->const_data_ptr<T>());
     norm2.set_statistics(bn2_mode == 0 ? nullptr : bn2_mean->const_data_ptr<T>(),
                          bn2_mode == 0 ? nullptr : bn2_var->const_data_ptr<T>());
-    auto run = run_of(call.params<T>(own_x.data(), activation, pointwise_activation, in_channels_last));
+    auto run = run_of(call.params<T>(nullptr, activation, pointwise_activation, in_channels_last));
+    own_x.set(run.params);
     run.params.conv.y = const_cast<T*>(own_p.const_data_ptr<T>());
     run.params.grad_y = own_grad_y.data();
     run.params.affine1 = norm1.affine();
@@ -192,11 +208,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedsep, m) {
   "int bn1_mode, float bn1_eps, int bn2_mode, float bn2_eps, " FUSEDSEP_GEOMETRY                                 \
   "int activation, int pointwise_activation, bool channels_last"
   m.def("separable_conv2d_training(Tensor x, " FUSEDSEP_MODULES
-        ") -> (Tensor y, Tensor p, Tensor mean1, Tensor var1, Tensor mean2, Tensor var2)");
-  m.def("separable_conv2d_training_backward(Tensor grad_y, Tensor x, Tensor p, " FUSEDSEP_MODULES
-        ", int wanted) -> (Tensor grad_x, Tensor grad_dw_weight, Tensor grad_dw_bias, Tensor grad_bn1_weight, "
-        "Tensor grad_bn1_bias, Tensor grad_pw_weight, Tensor grad_pw_bias, Tensor grad_bn2_weight, "
-        "Tensor grad_bn2_bias)");
+        ") -> (Tensor y, Tensor p, Tensor mean1, Tensor var1, Tensor mean2, Tensor var2, Tensor normalization)");
+  m.def(
+      "separable_conv2d_training_backward(Tensor grad_y, Tensor x, Tensor? x_normalization, Tensor p, " FUSEDSEP_MODULES
+      ", int wanted) -> (Tensor grad_x, Tensor grad_dw_weight, Tensor grad_dw_bias, Tensor grad_bn1_weight, "
+      "Tensor grad_bn1_bias, Tensor grad_pw_weight, Tensor grad_pw_bias, Tensor grad_bn2_weight, "
+      "Tensor grad_bn2_bias)");
 #undef FUSEDSEP_MODULES
 }
 

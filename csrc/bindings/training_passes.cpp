@@ -91,20 +91,6 @@ std::tuple<Tensor, Tensor> separable_products(const Tensor& x, const Tensor& dw_
   });
 }
 
-// Params of the passes that see p alone: one pixel of x stands for one of p.
-template <typename T>
-TrainingParams<T> params_of_product(const Tensor& p, int64_t activation, bool channels_last) {
-  TrainingParams<T> params{};
-  params.conv.y = const_cast<T*>(p.const_data_ptr<T>());
-  params.conv.batch = p.size(0);
-  params.conv.in_channels = params.conv.out_channels = p.size(1);
-  params.conv.out_height = p.size(2);
-  params.conv.out_width = p.size(3);
-  params.conv.channels_last = channels_last;
-  params.pointwise_activation = Activation(activation);
-  return params;
-}
-
 void check_product(const Tensor& p, const Tensor& affine2, int64_t activation, bool channels_last) {
   STD_TORCH_CHECK(p.dim() == 4 && p.size(1) >= 1 && p.is_cpu() &&
                       (p.scalar_type() == ScalarType::Float || p.scalar_type() == ScalarType::Double),

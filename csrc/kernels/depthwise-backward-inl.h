@@ -184,9 +184,10 @@ FUSEDSEP_INLINE void add_taps(typename V::T* taps, double* sums, int64_t pitch) 
 
 // Row `i` of x for the group of channels from `begin` on, into a row of the scratch, where the padding is zero already.
 template <class V>
-void keep_row(const SeparableParams<typename V::T>& conv, const typename V::T* image, int64_t i, int64_t begin,
+void keep_row(const TrainingParams<typename V::T>& p, const typename V::T* image, int64_t i, int64_t begin,
               const GroupScratch<V>& layout, typename V::T* row) {
   constexpr int64_t L = V::kLanes;
+  const auto& conv = p.conv;
   const int64_t channels = conv.in_channels, columns = min_of(conv.width, layout.x_columns - conv.pad_left);
   const auto* from = image + i * conv.width * channels + begin;
   row += conv.pad_left * L;
@@ -194,9 +195,15 @@ void keep_row(const SeparableParams<typename V::T>& conv, const typename V::T* i
     const int64_t lanes = channels - begin - v * L;
     const auto mask = V::mask(0, lanes);
     auto* to = row + v * layout.x_columns * L;
-    for (int64_t j = 0; j < columns; ++j) {
+    const auto load = [&](int64_t j) {
       const auto* x = from + j * channels + v * L;
-      (lanes >= L ? V::load(x) : V::load(x, mask)).store(to + j * L);
+      return lanes >= L ? V::load(x) : V::load(x, mask);
+    };
+    if (p.x_affine.center == nullptr) {
+      for (int64_t j = 0; j < columns; ++j) load(j).store(to + j * L);
+    } else {
+      const StripAffine<V, true> affine(p.x_affine, Strip{begin + v * L, 0, 0, 0, false});
+      for (int64_t j = 0; j < columns; ++j) activate(p.x_activation, affine(load(j))).store(to + j * L);
     }
   }
 }
@@ -258,7 +265,7 @@ void depthwise_backward_channels_last(const TrainingParams<typename V::T>& p, in
   for (int64_t i = 0; i < conv.out_height; ++i) {
     const int64_t top = i * conv.stride - conv.pad_top;
     for (; next_x < conv.height && next_x <= top + 2 * conv.dilation; ++next_x) {
-      keep_row<V>(conv, x, next_x, begin, layout, scratch + layout.x + next_x % layout.x_rows * layout.x_pitch);
+      keep_row<V>(p, x, next_x, begin, layout, scratch + layout.x + next_x % layout.x_rows * layout.x_pitch);
     }
     int64_t added = pending;
     for (int64_t v = 0; v < layout.vectors; ++v) {

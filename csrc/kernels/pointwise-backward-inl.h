@@ -159,7 +159,7 @@ void pointwise_backward(const TrainingParams<typename V::T>& p, const Tile& tile
   }
 
   // One pass over d, in the cache: g1 in the place of gh, its sums, and h where the weight gradient wants it.
-  raw_depthwise<V>(p.conv, tile, d);
+  raw_depthwise<V>(with_input<V>(p, tile, scratch + layout.x), tile, d);
   const auto pass = [&](auto* totals) {
     for_each_strip<V, kChannelsLast>(in_channels, pixels, kOperandStrip<V>, [&](const Strip& strip) {
       const auto values = in_operand<V, kChannelsLast>(d, in_channels, pixels, strip);

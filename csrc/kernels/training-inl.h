@@ -140,10 +140,11 @@ int64_t training_packed_size(int64_t in_channels, int64_t out_channels, bool cha
   return TrainingLayout<V>(in_channels, out_channels, channels_last, transposed).size;
 }
 
-// Sections of the scratch of a tile: d or h as an operand of the product, gp as another, the means of the channels.
+// Sections of the scratch of a tile: d or h as an operand of the product, gp as another, the means of the channels; x
+// where it is formed, at the end.
 template <class V>
 struct ScratchLayout {
-  int64_t h = 0, gp, means, size;
+  int64_t h = 0, gp, means, x;
 
   ScratchLayout(int64_t in_channels, int64_t out_channels, int64_t pixels, bool channels_last) {
     constexpr int64_t L = V::kLanes;
@@ -152,15 +153,16 @@ struct ScratchLayout {
     };
     gp = h + operand(in_channels);
     means = gp + operand(out_channels);
-    size = means + round_up(max_of(in_channels, out_channels), 16);
+    x = means + round_up(max_of(in_channels, out_channels), 16);
   }
   ScratchLayout(const SeparableParams<typename V::T>& conv, const Tile& tile)
       : ScratchLayout(conv.in_channels, conv.out_channels, tile.end - tile.begin, conv.channels_last) {}
 };
 
 template <class V>
-int64_t training_scratch_size(int64_t in_channels, int64_t out_channels, int64_t pixels, bool channels_last) {
-  return ScratchLayout<V>(in_channels, out_channels, pixels, channels_last).size;
+int64_t training_scratch_size(int64_t in_channels, int64_t out_channels, int64_t pixels, int64_t input_pixels,
+                              bool channels_last) {
+  return ScratchLayout<V>(in_channels, out_channels, pixels, channels_last).x + in_channels * input_pixels;
 }
 
 // The affine map of a strip's channels.
@@ -209,6 +211,26 @@ FUSEDSEP_INLINE int64_t map_pitch(const SeparableParams<T>& conv, int64_t channe
 // Strips that lie in maps alone are as long as they may be; those of operands end with a panel.
 template <class V>
 constexpr int64_t kOperandStrip = Tiling<V>::kTileVectors;
+
+// `params.conv` to compute d of a tile from: where x is to be formed, it is, in `scratch`, for this tile alone.
+template <class V>
+SeparableParams<typename V::T> with_input(const TrainingParams<typename V::T>& params, const Tile& tile,
+                                          typename V::T* scratch) {
+  SeparableParams<typename V::T> conv = params.conv;
+  if (params.x_affine.center == nullptr) return conv;
+  const int64_t channels = conv.in_channels;
+  const PixelRange range = input_of_tile(conv, tile);
+  for_each_strip<V, true>(channels, range.end - range.begin, kStripVectors, [&](const Strip& strip) {
+    const auto from = in_map<V, true>(conv.x + range.begin * channels, channels, strip);
+    const auto to = in_map<V, true>(scratch, channels, strip);
+    const StripAffine<V, true> affine(params.x_affine, strip);
+    for (int64_t i = 0; i < strip.count; ++i) {
+      to.store(strip, i, activate(params.x_activation, affine(from.load_streaming(strip, i))));
+    }
+  });
+  conv.x = scratch - range.begin * channels;
+  return conv;
+}
 
 template <class V>
 void raw_depthwise(const SeparableParams<typename V::T>& conv, const Tile& tile, typename V::T* d) {

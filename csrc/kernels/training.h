@@ -52,6 +52,10 @@ struct Correction {
 template <typename T>
 struct TrainingParams {
   SeparableParams<T> conv;  // geometry and x; y is the raw product p; packed is what `pack` below wrote; no activations
+  // In the backward in channels_last conv.x may be the raw product of the block before, unless x_affine.center is null:
+  // x = x_activation((conv.x - x_affine.center) * x_affine.scale + x_affine.shift) is formed while it is loaded.
+  Affine<T> x_affine;
+  Activation x_activation;
   Activation activation, pointwise_activation;
   Affine<T> affine1, affine2;
   Correction<T> correction1, correction2;
@@ -73,6 +77,22 @@ struct WeightGradient {
   bool accumulate;  // add to it
 };
 
+// Pixels [begin, end) of x, counted through all images, hold whatever a tile in channels_last reads.
+struct PixelRange {
+  int64_t begin, end;
+};
+template <typename T>
+PixelRange input_of_tile(const SeparableParams<T>& conv, const Tile& tile) {
+  const int64_t out_pixels = conv.out_height * conv.out_width;
+  const auto row_of = [&](int64_t pixel, int64_t tap) {
+    const int64_t image = tile.image + pixel / out_pixels;
+    const int64_t row = pixel % out_pixels / conv.out_width * conv.stride - conv.pad_top + tap;
+    return image * conv.height + (row < 0 ? 0 : row > conv.height ? conv.height : row);
+  };
+  const int64_t begin = row_of(tile.begin, 0), end = row_of(tile.end - 1, 2 * conv.dilation + 1);
+  return {begin * conv.width, (end > begin ? end : begin) * conv.width};
+}
+
 template <typename T>
 struct TrainingKernels {
   int64_t lanes, tile_rows, tile_columns;
@@ -86,8 +106,9 @@ struct TrainingKernels {
   // to[c][r] = from[r][c]: a map of one image from one memory format to the other.
   void (*transpose)(const T* from, int64_t rows, int64_t columns, T* to);
 
-  // Elements of scratch of the passes below for a tile of `pixels`.
-  int64_t (*scratch_size)(int64_t in_channels, int64_t out_channels, int64_t pixels, bool channels_last);
+  // Elements of scratch of the passes below for a tile of `pixels`, for which `input_pixels` of x are formed.
+  int64_t (*scratch_size)(int64_t in_channels, int64_t out_channels, int64_t pixels, int64_t input_pixels,
+                          bool channels_last);
 
   // Mean and sum of squared differences from it of d over the tile: sums[0][c], sums[1][c]. Leaves d.
   void (*depthwise_statistics)(const TrainingParams<T>& params, const Tile& tile, T* scratch, double* sums);
