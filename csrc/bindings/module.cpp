@@ -118,6 +118,14 @@ uint64_t fingerprint(const std::vector<std::pair<uintptr_t, size_t>>& memory) {
   return hash;
 }
 
+// Floating-point operations done, and their sum. Others may run Python, and this too, meanwhile.
+std::pair<int64_t, float> multiply_adds(int64_t rounds, float factor, float addend, const std::string& isa_name) {
+  const Isa& isa = find_isa(isa_name);
+  check_range("rounds", rounds, 0, int64_t(1) << 40);
+  py::gil_scoped_release release;
+  return {2 * rounds * isa.multiply_adds_per_round, isa.multiply_adds(rounds, factor, addend)};
+}
+
 std::string compiler() {
 #if defined(__clang__)
   return __VERSION__;
@@ -163,6 +171,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_isa", &use_isa, "name"_a);
   m.def("fingerprint", &fingerprint, "memory"_a,
         "A 64-bit hash of the bytes of [(address, bytes), ...], which must stay alive and unchanged meanwhile.");
+  m.def(
+      "multiply_adds", &multiply_adds, "rounds"_a, "factor"_a, "addend"_a, "isa"_a,
+      "x = x * factor + addend, `rounds` times in every lane of as many registers as the kernels use: the processor's "
+      "limit in float32. Returns the number of floating-point operations and the sum of all lanes.");
   m.def("plan", &plan, "batch"_a, "in_channels"_a, "out_channels"_a, "out_pixels"_a, "channels_last"_a, "threads"_a,
         "isa"_a, "How a float32 call would be cut into tiles: of each image, or of all together in channels_last.");
   m.def("packed_size", &packed_size, "in_channels"_a, "out_channels"_a, "channels_last"_a, "element_size"_a);

@@ -3,6 +3,7 @@
 // AVX2 and FMA.
 #include "fingerprint-inl.h"
 #include "isa.h"
+#include "peak-inl.h"
 #include "separable-inl.h"
 #include "training-kernels-inl.h"
 #include "vec_avx2.h"
@@ -15,7 +16,9 @@ const Isa& avx2_isa() {
                        separable_kernels<Avx2F64>(),
                        training_kernels<Avx2F32>(),
                        training_kernels<Avx2F64>(),
-                       fingerprint};
+                       fingerprint,
+                       multiply_adds<Avx2F32>,
+                       multiply_adds_per_round<Avx2F32>()};
   return isa;
 }
 

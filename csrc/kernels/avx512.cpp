@@ -3,6 +3,7 @@
 // AVX-512F.
 #include "fingerprint-inl.h"
 #include "isa.h"
+#include "peak-inl.h"
 #include "separable-inl.h"
 #include "training-kernels-inl.h"
 #include "vec_avx512.h"
@@ -15,7 +16,9 @@ const Isa& avx512_isa() {
                        separable_kernels<Avx512F64>(),
                        training_kernels<Avx512F32>(),
                        training_kernels<Avx512F64>(),
-                       fingerprint};
+                       fingerprint,
+                       multiply_adds<Avx512F32>,
+                       multiply_adds_per_round<Avx512F32>()};
   return isa;
 }
 

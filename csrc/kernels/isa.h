@@ -35,6 +35,10 @@ struct Isa {
   // A 64-bit hash of `bytes` bytes of memory, going on from `seed`; the same from every ISA.
   uint64_t (*fingerprint)(const void* memory, size_t bytes, uint64_t seed);
 
+  // A loop of multiply-adds in registers, to measure the processor by; the sum of what came out (peak-inl.h).
+  float (*multiply_adds)(int64_t rounds, float factor, float addend);
+  int64_t multiply_adds_per_round;
+
   template <typename T>
   const SeparableKernels<T>& separable() const {
     if constexpr (sizeof(T) == sizeof(float)) {

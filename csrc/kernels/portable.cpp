@@ -3,6 +3,7 @@
 // 32-byte vectors in compiler extensions, for any processor.
 #include "fingerprint-inl.h"
 #include "isa.h"
+#include "peak-inl.h"
 #include "separable-inl.h"
 #include "training-kernels-inl.h"
 #include "vec_portable.h"
@@ -15,7 +16,9 @@ const Isa& portable_isa() {
                        separable_kernels<PortableVec<double, 4>>(),
                        training_kernels<PortableVec<float, 8>>(),
                        training_kernels<PortableVec<double, 4>>(),
-                       fingerprint};
+                       fingerprint,
+                       multiply_adds<PortableVec<float, 8>>,
+                       multiply_adds_per_round<PortableVec<float, 8>>()};
   return isa;
 }
 

@@ -4,6 +4,7 @@
 #define FUSEDSEP_NO_UNROLL
 #include "fingerprint-inl.h"
 #include "isa.h"
+#include "peak-inl.h"
 #include "separable-inl.h"
 #include "training-kernels-inl.h"
 #include "vec_portable.h"
@@ -16,7 +17,9 @@ const Isa& portable16_isa() {
                        separable_kernels<PortableVec<double, 8>>(),
                        training_kernels<PortableVec<float, 16>>(),
                        training_kernels<PortableVec<double, 8>>(),
-                       fingerprint};
+                       fingerprint,
+                       multiply_adds<PortableVec<float, 16>>,
+                       multiply_adds_per_round<PortableVec<float, 16>>()};
   return isa;
 }
 
