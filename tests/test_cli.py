@@ -235,7 +235,7 @@ def test_bench_times_blocks_and_network(tmp_path, capsys):
     assert main(["bench", *small, "--json", str(tmp_path / "bench.json")]) == 0
     assert "MobileNetV1 0.25-32" in capsys.readouterr().out
     content = json.loads((tmp_path / "bench.json").read_text())
-    assert content["settings"]["batch"] == 2
+    assert content["settings"]["batch"] == [2]
     assert len(content["results"]) == 10  # nine distinct blocks and the network
     for result in content["results"]:
         assert result["ok"] is True
@@ -265,9 +265,14 @@ def test_bench_times_a_users_network(user_module, capsys):
         (["demo", "--json", "."], "argument --json: '.' is a folder"),
         (["bench", "--format", "nhwc"], "argument --format: invalid choice: 'nhwc'"),
         (["bench", "--batch", "-1"], "argument --batch: must be an integer of at least 1, got '-1'"),
+        (["bench", "--batch", "1,,8"], "argument --batch: must be an integer of at least 1, got ''"),
+        (["bench", "--threads", "1,two"], "argument --threads: must be an integer of at least 1, got 'two'"),
+        (["bench", "--resolution", "224,0"], "argument --resolution: must be an integer of at least 1, got '0'"),
+        (["bench", "--width", "1,-1"], "argument --width: must be a number greater than 0, got '-1'"),
+        (["bench", "--html", "no/such/page.html"], "argument --html: there is no folder 'no/such'"),
         (
             ["bench", "--peers", "onnx"],
-            "argument --peers: must be 'none', 'all' or some of onnxruntime,openvino,compile",
+            "argument --peers: must be 'none', 'installed', 'all' or some of onnxruntime,openvino,compile",
         ),
         (["summary", "--width", "nan"], "argument --width: must be a number greater than 0, got 'nan'"),
     ],

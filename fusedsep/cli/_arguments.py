@@ -43,6 +43,16 @@ def positive_number(text: str) -> float:
     return value
 
 
+def positive_ints(text: str) -> tuple[int, ...]:
+    """argparse type: ints of at least 1 with commas between them, each once."""
+    return tuple(dict.fromkeys(map(positive_int, text.split(","))))
+
+
+def positive_numbers(text: str) -> tuple[float, ...]:
+    """argparse type: finite numbers greater than 0 with commas between them, each once."""
+    return tuple(dict.fromkeys(map(positive_number, text.split(","))))
+
+
 def output_file(text: str) -> Path:
     """argparse type: a file to write; its folder must exist now, not after minutes of work."""
     path = Path(text)
@@ -78,29 +88,36 @@ def set_threads(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """``--model``, or the width of a MobileNetV1; :func:`make_model` reads them."""
+def add_model(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """``--model``, or the width of a MobileNetV1; :func:`make_model` reads one of each.
+
+    Args:
+        several: widths and resolutions are tuples, from lists with commas.
+    """
     parser.add_argument(
         "--model", metavar="MODULE:FUNCTION", help="your own network: a function without arguments that returns it"
     )
     parser.add_argument(
-        "--width", type=positive_number, default=1.0, metavar="W", help="width multiplier of MobileNetV1 (default: 1.0)"
+        "--width",
+        type=positive_numbers if several else positive_number,
+        default=(1.0,) if several else 1.0,
+        metavar="W,..." if several else "W",
+        help="width multiplier of MobileNetV1 (default: 1.0)",
     )
     parser.add_argument(
         "--resolution",
-        type=positive_int,
-        default=224,
-        metavar="R",
+        type=positive_ints if several else positive_int,
+        default=(224,) if several else 224,
+        metavar="R,..." if several else "R",
         help="height and width of the images (default: 224)",
     )
 
 
-def make_model(arguments: argparse.Namespace) -> tuple[str, nn.Module]:
-    """A name for tables, and the unfused network in eval mode."""
-    if arguments.model is not None:
-        return arguments.model, load_model(arguments.model).eval()
-    name = f"MobileNetV1 {arguments.width:g}-{arguments.resolution}"
-    return name, reference.MobileNetV1(width_multiplier=arguments.width).eval()
+def make_model(model: str | None, width: float, resolution: int) -> tuple[str, nn.Module]:
+    """A name for tables, and the unfused network in eval mode: the user's ``model``, or a MobileNetV1."""
+    if model is not None:
+        return model, load_model(model).eval()
+    return f"MobileNetV1 {width:g}-{resolution}", reference.MobileNetV1(width_multiplier=width).eval()
 
 
 def load_model(spec: str) -> nn.Module:

@@ -7,7 +7,8 @@ import importlib.util
 import json
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +84,50 @@ def machine() -> dict[str, Any]:
 
 
 def machine_line(facts: Mapping[str, Any]) -> str:
+    """One line of what :func:`machine` returned, with the versions of ``facts["peers"]`` where there are any."""
     threads = "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
-    return f"{facts['cpu']}, {facts['isa']}, {threads}, torch {facts['torch']}, fusedsep {facts['fusedsep']}"
+    versions = {"torch": facts["torch"], "fusedsep": facts["fusedsep"], **facts.get("peers", {})}
+    return ", ".join(
+        [facts["cpu"], facts["isa"], threads, *(f"{name} {version}" for name, version in versions.items())]
+    )
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[str], None]]:
+    """Gives a function to call before each of ``total`` steps with what it is: a bar that vanishes at the end.
+
+    Nothing is drawn unless stderr is a terminal and rich is installed, and nothing while a step runs: a thread that
+    redraws would be timed too.
+    """
+    if importlib.util.find_spec("rich") is None or not sys.stderr.isatty():
+        yield lambda what: None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("{task.description}", markup=False),
+    )
+    console = Console(stderr=True)
+    with progress.Progress(*columns, console=console, transient=True, auto_refresh=False) as bars:
+        task = bars.add_task("", total=total, completed=-1)
+
+        def begin(what: str) -> None:
+            bars.update(task, advance=1, description=what, refresh=True)
+
+        yield begin
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     try:
-        path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise CommandError(f"cannot write {path}: {error.strerror or error}") from None
 

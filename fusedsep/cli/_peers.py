@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import importlib
+import importlib.metadata
 import io
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -71,6 +73,8 @@ PEERS: dict[str, Callable[[nn.Module, torch.Tensor], Call]] = {
 }
 #: ``compile`` takes seconds for every shape, so that it runs only where it is asked for.
 _USUAL = ("onnxruntime", "openvino")
+#: Nothing is refused for not being installed, so that the last two ask for the same.
+_WORDS = ("none", "installed", "all")
 
 
 def add_peers(parser: argparse.ArgumentParser) -> None:
@@ -79,18 +83,29 @@ def add_peers(parser: argparse.ArgumentParser) -> None:
         type=_peers,
         default=_USUAL,
         metavar="LIST",
-        help=f"other engines: 'none', 'all' or any of {','.join(PEERS)} (default: {','.join(_USUAL)}, if installed)",
+        help=f"other engines: 'none', 'installed' (all that are; the others are named) or any of {','.join(PEERS)} "
+        f"(default: {','.join(_USUAL)})",
     )
 
 
 def _peers(text: str) -> tuple[str, ...]:
-    if text in ("none", "all"):
-        return tuple(PEERS) if text == "all" else ()
-    names = tuple(text.split(","))
+    if text in _WORDS:
+        return () if text == "none" else tuple(PEERS)
+    names = tuple(dict.fromkeys(text.split(",")))
     for name in names:
         if name not in PEERS:
-            raise argparse.ArgumentTypeError(f"must be 'none', 'all' or some of {','.join(PEERS)}, got {text!r}")
+            words = ", ".join(map(repr, _WORDS))
+            raise argparse.ArgumentTypeError(f"must be {words} or some of {','.join(PEERS)}, got {text!r}")
     return names
+
+
+def versions(peers: Iterable[str]) -> dict[str, str]:
+    """Of those of ``peers`` that are packages of their own and installed."""
+    found = {}
+    for peer in peers:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[peer] = importlib.metadata.version(peer)
+    return found
 
 
 def make_call(peer: str, module: nn.Module, x: torch.Tensor) -> tuple[Call, torch.Tensor]:

@@ -1,153 +1,163 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Time the nine distinct block shapes of MobileNetV1 and a whole network: other engines, torch eager, fused, frozen."""
+"""Time MobileNetV1 or your own network: torch eager, other engines, fused and frozen; part by part, and its blocks."""
 
 from __future__ import annotations
 
 import argparse
-import copy
-from collections.abc import Sequence
+import itertools
 from typing import Any
 
 import torch
-import torch.nn as nn
 
-import fusedsep
+from . import _inference_page
+from ._arguments import add_model, output_file, positive_int, positive_ints
+from ._inference import FORMATS, Case, measure, measure_network_parts, subjects_of
+from ._limits import Limits, measure_limits
+from ._output import machine, machine_line, print_table, progress, write_json, write_text
+from ._peers import add_peers, versions
 
-from .. import reference
-from ..mobilenet import FIRST_CHANNELS, STAGES, scaled_channels
-from ._arguments import (
-    CommandError,
-    add_model,
-    add_threads,
-    describe,
-    make_model,
-    output_file,
-    positive_int,
-    set_threads,
-)
-from ._measure import compare, time_interleaved
-from ._output import machine, machine_line, print_table, write_json
-from ._peers import Unavailable, add_peers, make_call
+HELP = "time a network, its parts and its blocks against torch eager and other engines"
 
-HELP = "time the blocks and a whole network against torch eager and other engines"
-
-_FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-_TORCHS = ("eager nchw", "eager channels_last")
-_OURS = ("fused", "frozen")
+_ENGINES_FIRST, _ENGINES_LAST = ("eager nchw", "eager channels_last"), ("fused", "frozen")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
-    add_threads(parser)
-    parser.add_argument("--batch", type=positive_int, default=1, metavar="N", help="images at once (default: 1)")
+    add_model(parser, several=True)
+    parser.add_argument(
+        "--threads", type=positive_ints, metavar="N,...", help="intra-op threads (default: torch's own)"
+    )
+    parser.add_argument(
+        "--batch", type=positive_ints, default=(1,), metavar="N,...", help="images at once (default: 1)"
+    )
     parser.add_argument(
         "--format",
-        choices=_FORMATS,
+        choices=FORMATS,
         default="channels_last",
         help="memory format of fused and frozen (default: %(default)s)",
     )
     parser.add_argument("--repeats", type=positive_int, default=30, metavar="N", help="timed calls each (default: 30)")
+    parser.add_argument(
+        "--blocks",
+        action=argparse.BooleanOptionalAction,
+        help="the distinct blocks of MobileNetV1 in every engine too (default: unless lists give several cases)",
+    )
     add_peers(parser)
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write every sample to FILE")
+    parser.add_argument("--html", type=output_file, metavar="FILE", help="write a page of charts and tables to FILE")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    set_threads(arguments)
-    name, network = make_model(arguments)
-    facts = machine()
-    print(machine_line(facts))
-    subjects = [] if arguments.model else _blocks(arguments)
-    subjects.append((name, network, _images(network, arguments)))
-    results = [_bench(*subject, arguments) for subject in subjects]
-    engines = [*_TORCHS, *(peer for peer in arguments.peers if any(peer in r["times"] for r in results)), *_OURS]
+    document = _measure_all(arguments)
+    for limits in document["limits"]:
+        facts = {**document["machine"], "threads": limits["threads"]}
+        print(f"\n{machine_line(facts)}\n{limits['text']}")
+        for batch in document["settings"]["batch"]:
+            _print_results(document, limits["threads"], batch)
+            _print_parts(document, limits["threads"], batch)
+    _print_legend(document)
+    if arguments.json is not None:
+        write_json(arguments.json, document)
+    if arguments.html is not None:
+        write_text(arguments.html, _inference_page.render(document))
+    return 0 if all(result["ok"] for result in document["results"]) else 1
+
+
+def _measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All that is written to the JSON."""
+    threads = arguments.threads or (torch.get_num_threads(),)
+    widths = arguments.width if arguments.model is None else arguments.width[:1]
+    cases = [
+        Case(arguments.model, *case)
+        for case in itertools.product(threads, arguments.batch, widths, arguments.resolution)
+    ]
+    with_blocks = arguments.model is None and (len(cases) == 1 if arguments.blocks is None else arguments.blocks)
+    results, parts = [], []
+    limits: dict[int, Limits] = {}
+    with progress(sum(2 + (9 if with_blocks else 0) for _ in cases) + len(threads)) as begin:
+        for case in cases:
+            torch.set_num_threads(case.threads)
+            if case.threads not in limits:
+                begin("the limits of this machine")
+                limits[case.threads] = measure_limits()
+            known = limits[case.threads]
+            for subject in subjects_of(case, with_blocks):
+                begin(subject.name)
+                results.append(measure(subject, arguments.format, arguments.peers, arguments.repeats, known))
+            begin(f"the parts of {subject.name}")
+            parts.append(measure_network_parts(subject, arguments.format, arguments.repeats, known))
+    return {
+        "machine": {**machine(), "threads": list(threads), "peers": versions(arguments.peers)},
+        "limits": [{**known.as_json(), "text": str(known)} for known in limits.values()],
+        "settings": {
+            "model": arguments.model,
+            "width": list(widths),
+            "resolution": list(arguments.resolution),
+            "batch": list(arguments.batch),
+            "format": arguments.format,
+            "repeats": arguments.repeats,
+        },
+        "results": results,
+        "parts": parts,
+    }
+
+
+def _print_results(document: dict[str, Any], threads: int, batch: int) -> None:
+    results = [r for r in document["results"] if (r["threads"], r["batch"]) == (threads, batch)]
+    peers = [engine for result in results for engine in result["times"] if engine not in _ENGINES_FIRST + _ENGINES_LAST]
+    engines = [*_ENGINES_FIRST, *dict.fromkeys(peers), *_ENGINES_LAST]
+    rows = []
+    for result in results:
+        times = [result["times"].get(engine) for engine in engines]
+        rows.append(
+            (
+                result["name"],
+                *("" if time is None else f"{time['median_ms']:.3g}" for time in times),
+                f"{result['speedup']:.2f}x",
+                f"{result['gflops']:.0f}",
+                f"{result['share_of_peak']:.0%}",
+                "pass" if result["ok"] else "FAIL",
+            )
+        )
     print_table(
-        f"batch {arguments.batch}, fused and frozen in {arguments.format}",
-        ("median ms", *engines, "speedup", "GFLOP/s", "result"),
-        [_row(result, engines) for result in results],
+        f"batch {batch}, fused and frozen in {document['settings']['format']}",
+        ("median ms", *engines, "speedup", "GFLOP/s", "of peak", "result"),
+        rows,
         failed=[not result["ok"] for result in results],
     )
-    print("result: checked against float64 first; GFLOP/s: of the faster of fused and frozen")
-    print("speedup: the fastest of the other engines over the faster of fused and frozen")
-    for reason in dict.fromkeys(f"{peer}: {why}" for result in results for peer, why in result["left_out"].items()):
+
+
+def _print_parts(document: dict[str, Any], threads: int, batch: int) -> None:
+    for network in document["parts"]:
+        if (network["threads"], network["batch"]) != (threads, batch):
+            continue
+        rows = [
+            (
+                part["name"],
+                f"{part['ms']:.3g}",
+                f"{part['gflops']:.0f}",
+                f"{part['share_of_peak']:.0%}",
+                f"{part['arithmetic_ms']:.3g}",
+                f"{part['moved_bytes'] / 2**20:.3g}",
+                part["level"],
+                f"{part['moved_ms'] + part['scratch_ms']:.3g}",
+            )
+            for part in network["parts"]
+        ]
+        print_table(
+            f"the parts of {network['name']}, frozen, batch {batch}: alone {network['sum_ms']:.3g} ms together, "
+            f"as one call {network['whole_ms']:.3g} ms",
+            ("part", "ms", "GFLOP/s", "of peak", "arithmetic ms", "MiB", "from", "bytes ms"),
+            rows,
+        )
+
+
+def _print_legend(document: dict[str, Any]) -> None:
+    print("result: checked against float64 first; GFLOP/s: of the faster of fused and frozen, two for each Mult-Add")
+    print(
+        "speedup: the fastest of the other engines over the faster of fused and frozen; peak: the loop of multiply-adds"
+    )
+    print("arithmetic ms: the operations at peak; MiB: maps and weights, each once, in the cache that holds them;")
+    print("bytes ms: these, and the map between the two convolutions to L2 and back, at the speed of a copy there")
+    reasons = (f"{peer}: {why}" for result in document["results"] for peer, why in result["left_out"].items())
+    for reason in dict.fromkeys(reasons):
         print(f"not timed: {reason}")
-    if arguments.json is not None:
-        settings = {"batch": arguments.batch, "format": arguments.format, "repeats": arguments.repeats}
-        for result in results:
-            result["times"] = {engine: times.as_json() for engine, times in result["times"].items()}
-        write_json(arguments.json, {"machine": facts, "settings": settings, "results": results})
-    return 0 if all(result["ok"] for result in results) else 1
-
-
-def _blocks(arguments: argparse.Namespace) -> list[tuple[str, nn.Module, torch.Tensor]]:
-    """The distinct blocks of the network, each with an input of its map's size."""
-    subjects: dict[str, tuple[str, nn.Module, torch.Tensor]] = {}
-    channels = scaled_channels(FIRST_CHANNELS, arguments.width)
-    size = -(-arguments.resolution // 2)
-    for base_channels, stride in STAGES:
-        out_channels = scaled_channels(base_channels, arguments.width)
-        name = f"{channels} -> {out_channels}, {size}x{size}" + (" /2" if stride == 2 else "")
-        block = reference.DepthwiseSeparableBlock(channels, out_channels, stride).eval()
-        subjects.setdefault(name, (name, block, torch.randn(arguments.batch, channels, size, size)))
-        channels, size = out_channels, -(-size // stride)
-    return list(subjects.values())
-
-
-def _images(network: nn.Module, arguments: argparse.Namespace) -> torch.Tensor:
-    first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
-    channels = 3 if first is None else first.in_channels
-    return torch.randn(arguments.batch, channels, arguments.resolution, arguments.resolution)
-
-
-def _bench(name: str, unfused: nn.Module, x: torch.Tensor, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Verify, then time, one module in every engine."""
-    memory_format = _FORMATS[arguments.format]
-    ours, x_last = x.to(memory_format=memory_format), x.to(memory_format=torch.channels_last)
-    try:
-        with torch.inference_mode():
-            torchs, exact = unfused(x), copy.deepcopy(unfused).double()(x.double())
-        unfused_last = copy.deepcopy(unfused).to(memory_format=torch.channels_last)
-        fused = fusedsep.fuse(unfused).to(memory_format=memory_format)
-        frozen = fusedsep.freeze(fused)
-        with torch.inference_mode():
-            checks = [compare(module(ours), torchs, exact) for module in (fused, frozen)]
-    except Exception as error:
-        if arguments.model is None:
-            raise
-        raise CommandError(f"--model: {name} does not run on {list(x.shape)}: {describe(error)}") from error
-    calls = {
-        "eager nchw": lambda: unfused(x),
-        "eager channels_last": lambda: unfused_last(x_last),
-        "fused": lambda: fused(ours),
-        "frozen": lambda: frozen(ours),
-    }
-    left_out = {}
-    for peer in arguments.peers:
-        try:
-            with torch.inference_mode():
-                call, answer = make_call(peer, unfused, x)
-            accuracy = compare(answer, torchs, exact)
-            if not accuracy.ok:
-                raise Unavailable(f"error {accuracy.error:.1e} against float64, allowed {accuracy.allowed:.1e}")
-            calls[peer] = call
-        except Unavailable as reason:
-            left_out[peer] = str(reason)
-    # Threads of an engine that has just run may spin for some milliseconds, and would have a core of the next one's.
-    times = time_interleaved(calls, arguments.repeats, pause=0.02 if torch.get_num_threads() > 1 else 0)
-    ours_best = min(times[engine].median for engine in _OURS)
-    return {
-        "name": name,
-        "ok": all(check.ok for check in checks),
-        "largest_error": max(check.error for check in checks),
-        "torch_error": checks[0].torch_error,
-        "speedup": min(times[engine].median for engine in times if engine not in _OURS) / ours_best,
-        "gflops": 2e-6 * fusedsep.complexity(unfused, tuple(x.shape)).mult_adds / ours_best,
-        "left_out": left_out,
-        "times": times,
-    }
-
-
-def _row(result: dict[str, Any], engines: Sequence[str]) -> tuple[str, ...]:
-    times = [result["times"].get(engine) for engine in engines]
-    cells = ["" if time is None else f"{time.median:.3g}" for time in times]
-    verdict = "pass" if result["ok"] else "FAIL"
-    return (result["name"], *cells, f"{result['speedup']:.2f}x", f"{result['gflops']:.0f}", verdict)

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    name, model = make_model(arguments)
+    name, model = make_model(arguments.model, arguments.width, arguments.resolution)
     try:
         complexity = fusedsep.complexity(model, arguments.resolution)
         report = fusedsep.fusion_report(model)

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The parts of a frozen network, each timed alone on the map that it gets in the network, and what bounds it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn as nn
+
+from .. import _ops
+from .._chain import Classifier, Element, FirstConvolution, LayerChain, Site
+from .._frozen import FrozenSeparable
+from ._limits import Limits
+from ._measure import Times, time_interleaved
+
+SEPARABLE, FIRST, CLASSIFIER, OTHER = "depthwise-separable", "first convolution", "classifier", "other"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A site, a first convolution or a classifier.
+
+    Attributes:
+        kind: one of the above.
+        mult_adds: of a call.
+        moved_bytes: of the map that it reads, the map that it writes and the weights, each once.
+        scratch_bytes: of the map between the two convolutions of a site, which is written to the second-level cache
+            and read from there, tile by tile.
+    """
+
+    name: str
+    kind: str
+    mult_adds: int
+    moved_bytes: int
+    scratch_bytes: int
+    call: Callable[[], torch.Tensor]
+
+
+def parts_of(frozen: nn.Module, x: torch.Tensor) -> list[Part]:
+    """The parts in the order in which ``frozen(x)`` runs them; other layers are left out."""
+    parts: list[Part] = []
+    site_forward = FrozenSeparable.forward
+
+    def note_site(site: FrozenSeparable, x: torch.Tensor) -> torch.Tensor:
+        y = site_forward(site, x)
+        parts.append(_site(len(parts), site, x, y))
+        return y
+
+    def note_ends(chain: LayerChain, x: torch.Tensor) -> torch.Tensor:
+        for element in chain.elements:
+            y = element(x)  # sites note themselves
+            if not isinstance(element, Site):
+                parts.append(_end(len(parts), element, x, y))
+            x = y
+        return x
+
+    with (
+        torch.inference_mode(),
+        mock.patch.object(FrozenSeparable, "forward", note_site),
+        mock.patch.object(LayerChain, "__call__", note_ends),
+    ):
+        frozen(x)
+    return parts
+
+
+def measure_parts(frozen: nn.Module, x: torch.Tensor, repeats: int, limits: Limits) -> dict[str, Any]:
+    """Time the whole, and each part by itself; as it goes into the JSON, times in milliseconds.
+
+    A part finds in the caches what its last call left there, much as it finds the map of the layer before it in a
+    network. ``sum_ms`` of the parts is more than ``whole_ms`` where each call alone pays Python and a new map, and less
+    where layers remain that are no parts.
+    """
+    rows = [_row(part, _time(part.call, repeats), limits) for part in parts_of(frozen, x)]
+    whole, total = _time(lambda: frozen(x), repeats).median, sum(row["ms"] for row in rows)
+    kinds: dict[str, float] = {}
+    for row in rows:
+        kinds[row["kind"]] = kinds.get(row["kind"], 0.0) + row["ms"]
+    kinds[OTHER] = kinds.get(OTHER, 0.0) + max(whole - total, 0.0)
+    return {
+        "whole_ms": whole,
+        "sum_ms": total,
+        "kinds_ms": kinds,
+        "parts": rows,
+    }
+
+
+def _time(call: Callable[[], torch.Tensor], repeats: int) -> Times:
+    return time_interleaved({"": call}, repeats)[""]
+
+
+def _row(part: Part, times: Times, limits: Limits) -> dict[str, Any]:
+    """How long the arithmetic and the movement of bytes would take by themselves."""
+    flop, ms = 2 * part.mult_adds, times.median
+    level, scratch_level = limits.level_for(part.moved_bytes), limits.levels[0]
+    return {
+        "name": part.name,
+        "kind": part.kind,
+        "ms": ms,
+        "spread_ms": times.spread,
+        "gflop": 1e-9 * flop,
+        "gflops": 1e-6 * flop / ms,
+        "share_of_peak": 1e-6 * flop / ms / limits.fma_gflops,
+        "moved_bytes": part.moved_bytes,
+        "scratch_bytes": part.scratch_bytes,
+        "intensity": flop / part.moved_bytes,
+        "level": level.name,
+        "level_gbs": level.gbs,
+        "arithmetic_ms": 1e-6 * flop / limits.fma_gflops,
+        "moved_ms": 1e-6 * part.moved_bytes / level.gbs,
+        "scratch_ms": 1e-6 * 2 * part.scratch_bytes / scratch_level.gbs,
+    }
+
+
+def _site(index: int, site: FrozenSeparable, x: torch.Tensor, y: torch.Tensor) -> Part:
+    in_channels, out_channels = site.dw_weight.shape[0], site.pw_weight.shape[0]
+    pixels = y.numel() // out_channels
+    name = f"{in_channels} -> {out_channels}, {x.shape[-2]}x{x.shape[-1]}" + (" /2" if site.stride == 2 else "")
+    return Part(
+        f"{index}: {name}",
+        SEPARABLE,
+        pixels * in_channels * (9 + out_channels),
+        _nbytes(x, y, *site.buffers()),
+        pixels * in_channels * x.element_size(),
+        functools.partial(site, x),
+    )
+
+
+def _end(index: int, element: Element, x: torch.Tensor, y: torch.Tensor) -> Part:
+    nchw = isinstance(element, FirstConvolution) and not x.is_contiguous(memory_format=torch.channels_last)
+    layer, _, _ = element.layer(*x.shape[-2:], nchw)
+    if not nchw:
+        x = x.contiguous(memory_format=torch.channels_last)
+    call = functools.partial(_ops.chain, x, element.pack(nchw), list(layer))
+    weights = [tensor for tensor in element.tensors() if tensor is not None]
+    size = f"{x.shape[-2]}x{x.shape[-1]}"
+    if isinstance(element, FirstConvolution):
+        name, kind = f"first convolution, {size}", FIRST
+    elif isinstance(element, Classifier):
+        name, kind = f"mean and classifier, {size}", CLASSIFIER
+    else:
+        name, kind = f"{type(element).__name__}, {size}", OTHER
+    weight = weights[0]
+    mult_adds = weight.numel() * (y.numel() // weight.shape[0])
+    return Part(f"{index}: {name}", kind, mult_adds, _nbytes(x, y, *weights), 0, call)
+
+
+def _nbytes(*tensors: torch.Tensor) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
