@@ -15,7 +15,7 @@ import torch.nn as nn
 
 import fusedsep
 from fusedsep import reference
-from fusedsep.cli import _inference, _inference_page, _limits, _output, _parts, _peers, main
+from fusedsep.cli import _inference, _inference_page, _limits, _output, _parts, _peers, _svg, main
 
 LIMITS = _limits.Limits(
     1,
@@ -240,3 +240,10 @@ def test_progress_on_a_terminal_goes_to_stderr(monkeypatch, capsys):
     assert "first thing" in err
     assert "second thing" in err
     assert "1/2" in err
+
+
+def test_labels_of_a_chart():
+    assert _svg._ranges([3, 1, 2, 5]) == "1-3, 5"
+    assert _svg._ranges([7]) == "7"
+    assert _svg._shortened("short") == "short"
+    assert _svg._shortened("x" * 30 + "y" * 30) == "…" + "x" * 9 + "y" * 30

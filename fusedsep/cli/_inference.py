@@ -108,7 +108,7 @@ def measure(subject: Subject, memory_format: str, peers: Iterable[str], repeats:
             calls[peer] = call
         except Unavailable as reason:
             left_out[peer] = str(reason)
-    times = time_interleaved(calls, repeats, pause=_PAUSE if torch.get_num_threads() > 1 else 0)
+    times = time_interleaved(calls, repeats, pause=_PAUSE if torch.get_num_threads() > 1 else 0.0)
     ours_best = min(times[engine].median for engine in _OURS)
     gflops = 2e-6 * fusedsep.complexity(unfused, tuple(x.shape)).mult_adds / ours_best
     return {

@@ -81,8 +81,7 @@ def _against(title: str, results: list[dict[str, Any]]) -> str:
 
 def _roofline(network: Mapping[str, Any], limits: Mapping[str, Any]) -> str:
     points = [
-        Point(part["intensity"], part["gflops"], part["name"].partition(":")[0], part["name"])
-        for part in network["parts"]
+        Point(part["intensity"], part["gflops"], number, part["name"]) for number, part in enumerate(network["parts"])
     ]
     roofs = [Roof(level["name"], level["gbs"], limits["fma_gflops"]) for level in limits["levels"]]
     roofs += [Roof("multiply-adds", None, limits["fma_gflops"])]

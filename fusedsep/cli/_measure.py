@@ -84,13 +84,14 @@ class Times:
 
 
 def time_interleaved(
-    calls: Mapping[str, Callable[[], object]], repeats: int, *, inference: bool = True, pause: float = 0
+    calls: Mapping[str, Callable[[], object]], repeats: int, *, inference: bool = True, pause: float | None = None
 ) -> dict[str, Times]:
     """Time every call ``repeats`` times, in turns, so that a change of clock or load meets all of them alike.
 
     Args:
         inference: under ``torch.inference_mode()``.
-        pause: seconds to wait in front of each timed call; one that is not timed goes before it then.
+        pause: seconds to wait before each timed call and one more of the same that is not timed, which brings back to
+            the caches what the others threw out. Without it a call finds the caches as the one before left them.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode(inference):
@@ -99,7 +100,7 @@ def time_interleaved(
                 call()
         for _ in range(repeats):
             for name, call in calls.items():
-                if pause > 0:
+                if pause is not None:
                     time.sleep(pause)
                     call()
                 start = time.perf_counter_ns()

@@ -17,7 +17,7 @@ from ._arguments import CommandError
 
 #: Import names and package names of the optional extra.
 _EXTRA = {"rich": "rich", "matplotlib": "matplotlib", "PIL": "pillow"}
-_PIPED_WIDTH = 120  # columns; rich would fold the tables to 80 when nobody watches
+_PIPED_WIDTH = 150  # columns; rich would fold the tables to 80 when nobody watches
 
 
 def require_extra() -> None:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 _WIDTH = 860
 _ROW = 26
-_LEFT, _RIGHT, _TOP, _BOTTOM = 230, 90, 16, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 270, 90, 16, 40
+_LABEL = 40  # characters of the left margin
 _NEAR = 22, 11  # pixels across and up within which marks share a label
 _ids = itertools.count()
 
@@ -38,7 +39,7 @@ class Point(NamedTuple):
 
     intensity: float
     gflops: float
-    number: str
+    number: int
     name: str
 
 
@@ -68,7 +69,7 @@ def ratios(title: str, description: str, rows: Sequence[Row], series: Series) ->
     parts += [_text(x(tick), height - _BOTTOM + 18, f"{tick:g}x", "middle", "muted") for tick in ticks]
     for index, row in enumerate(rows):
         y = _TOP + _ROW * (index + 0.5)
-        parts.append(_text(_LEFT - 12, y + 4, row.label, "end"))
+        parts.append(_text(_LEFT - 12, y + 4, _shortened(row.label), "end"))
         for name, number in series.items():
             if name in row.values:
                 value = row.values[name]
@@ -95,7 +96,7 @@ def bars(title: str, description: str, rows: Sequence[Row], series: Series, unit
         parts.append(_text(x(index * step), height - _BOTTOM + 18, label, "middle", "muted"))
     for index, row in enumerate(rows):
         top, begin = _TOP + _ROW * index + 4, 0.0
-        parts.append(_text(_LEFT - 12, top + 13, row.label, "end"))
+        parts.append(_text(_LEFT - 12, top + 13, _shortened(row.label), "end"))
         for name, number in series.items():
             value = row.values.get(name, 0.0)
             if value > 0:
@@ -155,7 +156,7 @@ def roofline(title: str, description: str, points: Sequence[Point], roofs: Seque
     for point in points:
         what = f"{point.name}: {point.gflops:.1f} GFLOP/s at {point.intensity:.1f} operations per byte"
         parts.append(_mark(x(point.intensity), y(point.gflops), 0, what))
-    labels: list[tuple[float, float, list[str]]] = []
+    labels: list[tuple[float, float, list[int]]] = []
     for at_x, at_y, number in sorted((x(point.intensity), y(point.gflops), point.number) for point in points):
         near = next(
             (names for lx, ly, names in labels if abs(at_x - lx) < _NEAR[0] and abs(at_y - ly) < _NEAR[1]), None
@@ -164,9 +165,7 @@ def roofline(title: str, description: str, points: Sequence[Point], roofs: Seque
             labels.append((at_x, at_y, [number]))
         else:
             near.append(number)
-    parts += [
-        _text(at_x, at_y + 20, ", ".join(sorted(names, key=int)), "middle", "number") for at_x, at_y, names in labels
-    ]
+    parts += [_text(at_x, at_y + 20, _ranges(names), "middle", "number") for at_x, at_y, names in labels]
     return _figure(title, description, height, parts, {})
 
 
@@ -183,6 +182,22 @@ def _figure(title: str, description: str, height: float, parts: Sequence[str], l
         f'<title id="{identity}">{escape(title)}</title><desc id="{identity}d">{escape(description)}</desc>'
         f"{''.join(parts)}</svg></div></figure>"
     )
+
+
+def _shortened(label: str) -> str:
+    """To what fits into the left margin."""
+    return label if len(label) <= _LABEL else f"…{label[1 - _LABEL :]}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``[3, 1, 2, 5]`` as ``1-3, 5``."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _text(x: float, y: float, text: str, anchor: str, kind: str = "label") -> str:
