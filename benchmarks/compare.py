@@ -3,6 +3,7 @@
 
     python benchmarks/compare.py blocks
     python benchmarks/compare.py networks --threads 2 --isa avx2
+    python benchmarks/compare.py peers --threads 2
     python benchmarks/compare.py training-blocks --batch 16
 
 pytest-benchmark finishes one variant before it begins the next, so a change of clock or load between them looks like a
@@ -12,8 +13,10 @@ difference between them. Here each call of one variant is followed by one of the
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,25 +30,34 @@ import fusedsep
 from fusedsep.cli._arguments import CommandError, output_file, positive_int
 from fusedsep.cli._measure import Times, time_interleaved
 from fusedsep.cli._output import machine_line, write_json
+from fusedsep.cli._peers import Unavailable
 
 
 class Plan(NamedTuple):
     """What one word of the command line measures, and what ``--repeats`` and ``--batch`` are if they are not given."""
 
-    subjects: Callable[[int | None], Iterable[subjects.Subject]]  # of a batch
+    make: Callable[..., subjects.Subject]  # from an entry of `entries` and a batch
+    entries: str  # name of the list in shapes.py
     repeats: int
     batch: int | None  # None: each subject its own, which its name tells
+    pause: float | None = None  # of `time_interleaved`
+
+    def subjects(self, batch: int | None) -> Sequence[Callable[[], subjects.Subject]]:
+        return [functools.partial(self.make, entry, batch) for entry in getattr(shapes, self.entries)]
+
+
+def _with_batch(make: Callable[..., subjects.Subject]) -> Callable[..., subjects.Subject]:
+    """For entries whose last number is their batch."""
+    return lambda entry, batch: make(*entry[:-1], batch or entry[-1])
 
 
 PLANS = {
-    "blocks": Plan(lambda batch: (subjects.block(shape, batch) for shape in shapes.BLOCKS), 100, 1),
-    "networks": Plan(lambda batch: (subjects.network(*network, batch) for network in shapes.NETWORKS), 100, 1),
-    "training-blocks": Plan(lambda batch: (training.block(shape, batch) for shape in shapes.BLOCKS), 20, 8),
-    "training-networks": Plan(
-        lambda batch: (training.network(width, size, batch or own) for width, size, own in shapes.TRAINING_NETWORKS),
-        20,
-        None,
-    ),
+    "blocks": Plan(subjects.block, "BLOCKS", 100, 1),
+    "networks": Plan(lambda network, batch: subjects.network(*network, batch), "NETWORKS", 100, 1),
+    # Threads of other engines spin for some milliseconds after a call.
+    "peers": Plan(_with_batch(subjects.peer_network), "PEER_NETWORKS", 30, None, pause=0.02),
+    "training-blocks": Plan(training.block, "BLOCKS", 20, 8),
+    "training-networks": Plan(_with_batch(training.network), "TRAINING_NETWORKS", 20, None),
 }
 RESULTS = Path(__file__).parent / "results"
 
@@ -62,7 +74,10 @@ def main(argv: list[str] | None = None) -> int:
     print(machine_line(facts))
     plan = PLANS[arguments.subject]
     repeats, batch = arguments.repeats or plan.repeats, arguments.batch or plan.batch
-    results = [measure(subject, repeats, arguments.with_compile) for subject in plan.subjects(batch)]
+    results, makers, begin = [], plan.subjects(batch), time.monotonic()
+    for number, make in enumerate(makers, 1):
+        results.append(measure(make(), repeats, arguments.with_compile, plan.pause))
+        print(f"  {number} of {len(makers)} after {time.monotonic() - begin:.0f} s", flush=True)
     document = {
         "subject": arguments.subject,
         "machine": facts,
@@ -76,19 +91,23 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def measure(subject: subjects.Subject, repeats: int, with_compile: bool) -> dict[str, Any]:
-    """Check and time every variant; the entry of ``subject`` in the JSON."""
-    variants = subjects.variants(subject.engines, with_compile)
-    calls = {str(variant): subject.call(variant) for variant in variants}
-    times = time_interleaved(calls, repeats, inference=subject.inference)
+def measure(subject: subjects.Subject, repeats: int, with_compile: bool, pause: float | None = None) -> dict[str, Any]:
+    """Check and time every variant; the entry of ``subject`` in the JSON. What is not installed is named."""
     print(f"\n{subject.network} {subject.name}")
-    for variant, time in times.items():
-        print(f"  {variant:22} {time.median:8.3f} ms ±{time.spread:.3f}")
+    calls = {}
+    for variant in subjects.variants(subject.engines, with_compile):
+        try:
+            calls[str(variant)] = subject.call(variant)
+        except Unavailable as reason:
+            print(f"  {variant}: not timed: {reason}")
+    times = time_interleaved(calls, repeats, inference=subject.inference, pause=pause)
+    for variant, samples in times.items():
+        print(f"  {variant:22} {samples.median:8.3f} ms ±{samples.spread:.3f}")
     result: dict[str, Any] = {
         "network": subject.network,
         "name": subject.name,
         "gflop": subject.gflop,
-        "times": {variant: _summary(time) for variant, time in times.items()},
+        "times": {variant: _summary(samples) for variant, samples in times.items()},
     }
     if isinstance(subject, training.TrainingSubject):
         result["saved_bytes"] = {engine: subject.saved_bytes(engine) for engine in ("eager", "fused")}
@@ -100,8 +119,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("subject", choices=PLANS)
     parser.add_argument("--threads", type=positive_int, default=1, metavar="N", help="default: 1")
     parser.add_argument("--isa", metavar="NAME", help="of fusedsep alone, not of torch (default: the best here)")
-    parser.add_argument("--repeats", type=positive_int, metavar="N", help="timed calls (default: 100; training: 20)")
-    parser.add_argument("--batch", type=positive_int, metavar="N", help="images (default: 1; training: 8, or as named)")
+    parser.add_argument(
+        "--repeats", type=positive_int, metavar="N", help="timed calls (default: 100; peers: 30; training: 20)"
+    )
+    parser.add_argument("--batch", type=positive_int, metavar="N", help="images (default: 1; training: 8; or as named)")
     parser.add_argument("--with-compile", action="store_true", help="torch.compile too: seconds for each shape")
     parser.add_argument(
         "--output",

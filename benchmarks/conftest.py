@@ -12,6 +12,7 @@ from subjects import Subject, Variant, variants
 
 from fusedsep.cli import _output
 from fusedsep.cli._arguments import positive_int
+from fusedsep.cli._peers import Unavailable
 
 
 def pytest_addoption(parser):
@@ -45,7 +46,10 @@ def time_variant(benchmark, variant: Variant):
     """A function that checks and times a subject as ``variant``."""
 
     def time(subject: Subject) -> None:
-        call = subject.call(variant)
+        try:
+            call = subject.call(variant)
+        except Unavailable as reason:
+            pytest.skip(f"{variant.engine}: {reason}")
         benchmark.group = f"{subject.network}: {subject.name}"
         facts: dict[str, Any] = machine.machine()
         benchmark.extra_info.update(variant._asdict(), isa=facts["isa"], threads=facts["threads"], gflop=subject.gflop)
@@ -53,6 +57,6 @@ def time_variant(benchmark, variant: Variant):
             benchmark(call)
         if benchmark.stats is not None:  # with --benchmark-disable there is none
             gflops = subject.gflop / benchmark.stats.stats.median
-            benchmark.extra_info.update(gflops=gflops, share_of_sgemm=gflops / facts["sgemm_gflops"])
+            benchmark.extra_info.update(gflops=gflops, share_of_peak=gflops / facts["fma_gflops"])
 
     return time

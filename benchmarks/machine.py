@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from fusedsep.cli import _output
+from fusedsep import _C
+from fusedsep.cli import _limits, _output, _peers
 from fusedsep.cli._measure import time_interleaved
 
 _SIZE = 1024
@@ -16,12 +17,21 @@ _REPEATS = 20
 
 
 def machine() -> dict[str, Any]:
-    """Processor, ISA, threads and versions; how far torch's own kernels go, and how fast a matrix product is here."""
+    """Processor, ISA, threads and versions; how far torch's own kernels go, how fast a matrix product is here, and how
+    fast multiply-adds in registers are."""
     return {
         **_output.machine(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "sgemm_gflops": sgemm_gflops(),
+        "fma_gflops": fma_gflops(),
+        "peers": _peers.versions(_peers.PEERS),
     }
+
+
+@functools.cache
+def fma_gflops() -> float:
+    """Of the ISA in use; at the threads of the first call. Nothing comes out above."""
+    return _limits.fma_gflops(torch.get_num_threads(), _C.active_isa())
 
 
 @functools.cache

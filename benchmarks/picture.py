@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Draw the blocks of the first network in a file of results. Needs matplotlib.
+"""Draw the blocks of the first network in a file of results, or networks in other engines. Needs matplotlib.
 
 python benchmarks/picture.py benchmarks/results/blocks-avx512.json benchmarks/results/blocks.png
+python benchmarks/picture.py benchmarks/results/peers-avx512*.json benchmarks/results/peers.svg
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import peers_picture
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from report import best_ms, speed
@@ -30,10 +32,17 @@ _WIDTH, _ROW, _HEADER, _FOOTER, _LEFT, _RIGHT = 9.5, 0.56, 1.45, 0.65, 1.85, 0.3
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("picture", type=picture_file)
     arguments = parser.parse_args(argv)
-    draw(json.loads(arguments.results.read_text()), arguments.picture)
+    documents = [json.loads(path.read_text()) for path in arguments.results]
+    kinds = [document["subject"] for document in documents]
+    if set(kinds) == {"peers"}:
+        peers_picture.draw(documents, arguments.picture)
+    elif len(kinds) == 1:
+        draw(documents[0], arguments.picture)
+    else:
+        raise ValueError(f"several files of results must all be of peers, got {', '.join(kinds)}")
     return 0
 
 

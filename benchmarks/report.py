@@ -20,6 +20,16 @@ from fusedsep.cli._output import machine_line
 FORMATS = ("NCHW", "channels_last")
 LABELS = {"eager": "eager", "folded": "BN folded", "compiled": "compiled", "fused": "fused", "frozen": "frozen"}
 OURS = ("fused", "frozen")
+#: Columns of the comparison with other engines; frozen stands for ours there.
+PEER_LABELS = {
+    "eager": "eager",
+    "compiled": "compiled",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "frozen": "frozen",
+}
+
+_ONE_FORMAT = ("compiled", "onnxruntime", "openvino")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,6 +67,8 @@ def replace_region(text: str, name: str, content: str) -> str:
 
 def render(document: dict[str, Any]) -> str:
     """The Markdown for one file of results: the first network's table, those of the others folded away, a legend."""
+    if document["subject"] == "peers":
+        return _render_peers(document)
     results, machine = document["results"], document["machine"]
     first = [result for result in results if result["network"] == results[0]["network"]]
     others = [result for result in results if result not in first]
@@ -66,6 +78,37 @@ def render(document: dict[str, Any]) -> str:
         lines += [*_table(others, machine, with_network=True), "", "</details>", ""]
     lines += [_legend(document), ""]
     return "\n".join(lines)
+
+
+def _render_peers(document: dict[str, Any]) -> str:
+    results, machine = document["results"], document["machine"]
+    engines = _present(results, PEER_LABELS)
+    versions = machine["peers"]
+    header = ["", *(f"{PEER_LABELS[engine]} {versions.get(engine, '')}".strip() for engine in engines)]
+    header += ["fastest other / frozen", "of peak"]
+    lines = [f"**{results[0]['network']}** on {machine_line({**machine, 'peers': {}})}.", ""]
+    lines += [_row(header), _row(["---", *["---:"] * (len(header) - 1)])]
+    for result in results:
+        share = result["gflop"] / best_ms(result, "frozen") * 1e3 / machine["fma_gflops"]
+        cells = [result["name"], *(_times(result, engine) for engine in engines)]
+        lines.append(_row([*cells, f"{lead(result):.2f}x", f"{share:.0%}"]))
+    leads = [lead(result) for result in results]
+    spreads = [time["spread_ms"] / time["median_ms"] for result in results for time in result["times"].values()]
+    legend = (
+        f"Median milliseconds of {document['settings']['repeats']} calls in turns, each after one that is not timed; "
+        f"half of the quartile range is mostly {statistics.median(spreads):.0%} of it and {max(spreads):.0%} at worst. "
+        f"Where there are two, NCHW · channels_last. *fastest other / frozen*: geometric mean "
+        f"{statistics.geometric_mean(leads):.2f}x, from {min(leads):.2f}x to {max(leads):.2f}x. *of peak*: operations "
+        f"of frozen as a share of the {machine['fma_gflops']:.0f} GFLOP/s that multiply-adds in registers reached in "
+        "the same process. Each engine was checked against float64 first."
+    )
+    return "\n".join([*lines, "", legend, ""])
+
+
+def lead(result: dict[str, Any]) -> float:
+    """How many times as long as frozen the fastest that is not ours takes, each in the format that suits it better."""
+    others = {variant.split()[0] for variant in result["times"]}.difference(OURS)
+    return min(best_ms(result, engine) for engine in others) / best_ms(result, "frozen")
 
 
 def speed(result: dict[str, Any], engine: str) -> float:
@@ -108,6 +151,8 @@ def _present(results: list[dict[str, Any]], engines: Iterable[str]) -> list[str]
 
 def _times(result: dict[str, Any], engine: str) -> str:
     times = [result["times"].get(f"{engine} {memory_format}") for memory_format in FORMATS]
+    if engine in _ONE_FORMAT:
+        times = [next(filter(None, times), None)]
     return " · ".join("-" if time is None else _three_digits(time["median_ms"]) for time in times)
 
 

@@ -68,5 +68,11 @@ BLOCKS = [*mobilenet_v1(1.0, 224), *mobilenet_v1(0.25, 128), *OTHER_NETWORKS]
 #: (width multiplier, resolution) of whole MobileNetV1s: the corners of the paper's tables 6 and 7, and some between.
 NETWORKS = [(1.0, 224), (1.0, 160), (0.75, 192), (0.5, 160), (0.25, 224), (0.25, 128)]
 
-#: The same and the batch, for a training step.
+#: The same and the batch, for the comparison with other engines: everything that the paper crosses, and larger batches.
+PEER_NETWORKS = [
+    *((width, resolution, 1) for width in (1.0, 0.75, 0.5, 0.25) for resolution in (224, 160, 128)),
+    *((width, 224, 8) for width in (1.0, 0.75, 0.5, 0.25)),
+]
+
+#: The same, for a training step.
 TRAINING_NETWORKS = [(1.0, 224, 8), (0.5, 128, 16), (1.0, 32, 32)]

@@ -18,6 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import fusedsep
 from fusedsep import reference
 from fusedsep.cli._measure import compare
+from fusedsep.cli._peers import Call, make_call
 
 Answer = dict[str, torch.Tensor]
 
@@ -40,7 +41,7 @@ def compiled(module: nn.Module, **options: bool) -> nn.Module:
     return module
 
 
-Engines = Mapping[str, Callable[[nn.Module], nn.Module]]
+Engines = Mapping[str, Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]]]
 #: How each engine is made from the unfused module in eval mode; it may be changed in place.
 ENGINES: Engines = {
     "eager": lambda module: module,
@@ -49,7 +50,38 @@ ENGINES: Engines = {
     "fused": fusedsep.fuse,
     "frozen": fusedsep.freeze,
 }
+
+
+class InEngine:
+    """A module in another engine, which is built for the first input and runs on no other.
+
+    Raises:
+        fusedsep.cli._peers.Unavailable: in the first call, if it is not installed or does not take the module.
+    """
+
+    def __init__(self, module: nn.Module, *, peer: str) -> None:
+        self._module, self._peer = module, peer
+        self._call: Call | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._call is None:
+            self._call, _ = make_call(self._peer, self._module, x)
+        return self._call()
+
+
+PEER_ENGINES: Engines = {
+    "eager": ENGINES["eager"],
+    "compiled": ENGINES["compiled"],
+    "onnxruntime": functools.partial(InEngine, peer="onnxruntime"),
+    "openvino": functools.partial(InEngine, peer="openvino"),
+    "fused": ENGINES["fused"],
+    "frozen": ENGINES["frozen"],
+}
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+#: Those that choose their own format inside get the input in one alone.
+_ONE_FORMAT = {"compiled": "channels_last", "onnxruntime": "NCHW", "openvino": "NCHW"}
 
 
 class Variant(NamedTuple):
@@ -61,12 +93,12 @@ class Variant(NamedTuple):
 
 
 def variants(engines: Engines, with_compile: bool = False) -> list[Variant]:
-    """Every engine in both formats, but ``compiled`` in channels_last alone: Inductor chooses its own format inside."""
+    """Every engine in both formats, or in the one that it takes."""
     return [
         Variant(engine, memory_format)
         for engine in engines
         for memory_format in FORMATS
-        if engine != "compiled" or (with_compile and memory_format == "channels_last")
+        if _ONE_FORMAT.get(engine, memory_format) == memory_format and (engine != "compiled" or with_compile)
     ]
 
 
@@ -153,12 +185,23 @@ class Subject:
         return self._answer(self._work(module, *inputs), module, *inputs)
 
 
+class PeerSubject(Subject):
+    """The same for the comparison with other engines."""
+
+    engines = PEER_ENGINES
+
+
 def block(shape: Shape, batch: int = 1) -> Subject:
     return Subject(shape.network, shape.name, *block_and_input(shape, batch))
 
 
 def network(width: float, resolution: int, batch: int = 1) -> Subject:
     return Subject("MobileNetV1", f"{width}-{resolution}", *network_and_input(width, resolution, batch))
+
+
+def peer_network(width: float, resolution: int, batch: int) -> PeerSubject:
+    name = f"{width}-{resolution}, batch {batch}"
+    return PeerSubject("MobileNetV1", name, *network_and_input(width, resolution, batch))
 
 
 def block_and_input(shape: Shape, batch: int) -> tuple[nn.Module, torch.Tensor]:

@@ -100,6 +100,8 @@ def test_every_benchmark_is_collected(tmp_path, script):
     assert done.returncode == 0, done.stdout + done.stderr
     # Without torch.compile, four engines in inference and two in training, each in two formats.
     count = 8 * (len(shapes.BLOCKS) + len(shapes.NETWORKS)) + 4 * len(shapes.BLOCKS)
+    # Three engines of ours and of torch in two formats, and two others.
+    count += 8 * len(shapes.PEER_NETWORKS)
     assert f"{count} tests collected" in done.stdout
 
 
@@ -202,11 +204,86 @@ def test_saved_bytes(script):
     assert subject.saved_bytes("fused") == 4 * (x + p + statistics)
 
 
-@pytest.mark.parametrize("subject", ["blocks", "networks", "training-blocks", "training-networks"])
+@pytest.fixture
+def peer_subject(script):
+    """A small network as ``compare.py peers`` has it."""
+    return script("subjects").peer_network(0.25, 64, 8)
+
+
+def test_other_engines_compute_the_network(monkeypatch, script, peer_subject):
+    subjects, peers = script("subjects"), script("fusedsep.cli._peers")
+    monkeypatch.setitem(peers.PEERS, "openvino", lambda module, x: lambda: module(x))
+    with torch.inference_mode():
+        call = peer_subject.call(subjects.Variant("openvino", "NCHW"))
+        torch.testing.assert_close(call(), peer_subject.module(*peer_subject.inputs))
+    monkeypatch.setitem(peers.PEERS, "openvino", lambda module, x: lambda: module(x) * 1.01)
+    with pytest.raises(RuntimeError, match="openvino NCHW gives a wrong output for MobileNetV1"):
+        peer_subject.call(subjects.Variant("openvino", "NCHW"))
+
+
+def test_what_is_not_installed_is_named_and_left_out(monkeypatch, script, peer_subject, capsys):
+    def missing(module, x):
+        raise peers.Unavailable("onnxruntime is not installed")
+
+    compare, peers = script("compare"), script("fusedsep.cli._peers")
+    monkeypatch.setattr(peers, "PEERS", {"onnxruntime": missing, "openvino": lambda module, x: lambda: module(x)})
+    result = compare.measure(peer_subject, 1, with_compile=False)
+    assert "  onnxruntime NCHW: not timed: onnxruntime is not installed\n" in capsys.readouterr().out
+    engines = {variant.split()[0] for variant in result["times"]}
+    assert engines == {"eager", "openvino", "fused", "frozen"}
+    table = script("report").render(peers_document(result))
+    assert "| 0.25-64, batch 8 |" in table
+    assert "ONNX Runtime" not in table
+    assert "OpenVINO 9.9" in table
+
+
+def peers_document(*results):
+    machine = document()["machine"] | {"fma_gflops": 100.0, "peers": {"openvino": "9.9"}}
+    return {"subject": "peers", "machine": machine, "settings": {"batch": None, "repeats": 9}, "results": list(results)}
+
+
+def peer_result(name, ours, others):
+    medians = {"eager NCHW": 9 * ours, "frozen NCHW": 2 * ours, "frozen channels_last": ours, **others}
+    return {"network": "Net", "name": name, "gflop": 0.05, "times": {k: times(v) for k, v in medians.items()}}
+
+
+def test_report_of_peers(script):
+    faster = peer_result("a", 1.0, {"onnxruntime NCHW": 0.8, "openvino NCHW": 2.0})
+    slower = peer_result("b", 2.0, {"onnxruntime NCHW": 8.0, "openvino NCHW": 2.5})
+    table = script("report").render(peers_document(faster, slower))
+    assert "| a | 9.00 · - | 0.800 | 2.00 | 2.00 · 1.00 | 0.80x | 50% |" in table
+    assert "| b | 18.0 · - | 8.00 | 2.50 | 4.00 · 2.00 | 1.25x | 25% |" in table
+    assert "geometric mean 1.00x, from 0.80x to 1.25x" in table
+    assert "100 GFLOP/s" in table
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_picture_of_peers(script, tmp_path, suffix):
+    files = []
+    for threads in (1, 2):
+        written = peers_document(peer_result("a", 1.0, {"onnxruntime NCHW": 0.8}), peer_result("b", 2.0, {}))
+        written["machine"]["threads"] = threads
+        files.append(tmp_path / f"{threads}.json")
+        files[-1].write_text(json.dumps(written))
+    path = tmp_path / f"peers{suffix}"
+    assert script("picture").main([*map(str, files), str(path)]) == 0
+    assert 2000 < path.stat().st_size < 200_000
+
+
+def test_pictures_are_of_one_kind(script, files, tmp_path):
+    other = tmp_path / "peers.json"
+    other.write_text(json.dumps(peers_document(peer_result("a", 1.0, {}))))
+    with pytest.raises(ValueError, match="several files of results must all be of peers, got blocks, peers"):
+        script("picture").main([str(files[1]), str(other), str(tmp_path / "picture.svg")])
+
+
+@pytest.mark.parametrize("subject", ["blocks", "networks", "peers", "training-blocks", "training-networks"])
 def test_compare_writes_what_report_reads(script, monkeypatch, tmp_path, capsys, subject):
     compare, report, shapes = script("compare"), script("report"), script("shapes")
     monkeypatch.setattr(shapes, "BLOCKS", [shapes.Shape("net", 8, 8, 5)])
     monkeypatch.setattr(shapes, "NETWORKS", [(0.25, 64)])
+    monkeypatch.setattr(shapes, "PEER_NETWORKS", [(0.25, 64, 3)])
+    monkeypatch.setattr(script("fusedsep.cli._peers"), "PEERS", {"onnxruntime": lambda module, x: lambda: module(x)})
     monkeypatch.setattr(shapes, "TRAINING_NETWORKS", [(0.25, 32, 8)])
     output = tmp_path / "results.json"
     assert compare.main([subject, "--repeats", "3", "--isa", "portable", "--output", str(output)]) == 0
@@ -217,10 +294,12 @@ def test_compare_writes_what_report_reads(script, monkeypatch, tmp_path, capsys,
     assert written["machine"]["sgemm_gflops"] > 0
     best = "fused" if subject.startswith("training") else "frozen"
     assert f"{best} channels_last" in capsys.readouterr().out
-    name = {"networks": "0.25-64", "training-networks": "0.25-32, batch 8"}.get(subject, "8 -> 8, 5x5")
+    name = {"networks": "0.25-64", "peers": "0.25-64, batch 3", "training-networks": "0.25-32, batch 8"}.get(
+        subject, "8 -> 8, 5x5"
+    )
     table = report.render(written)
     assert f"| {name} |" in table
-    assert f"*GFLOP/s*: of {best};" in table
+    assert f"*GFLOP/s*: of {best};" in table or subject == "peers"
 
 
 @pytest.mark.parametrize(("subject", "batches"), [("blocks", [1, 3]), ("training-blocks", [8, 3])])

@@ -78,7 +78,7 @@ def measure_limits() -> Limits:
     return Limits(
         threads,
         isa,
-        _fma_gflops(threads, isa),
+        fma_gflops(threads, isa),
         _mm_gflops(),
         (
             Level("L2", threads * l2, threads * _copy_gbs(l2 // 2)),
@@ -97,7 +97,8 @@ def cache_bytes(name: str) -> int:
         return _USUAL_CACHES[name]
 
 
-def _fma_gflops(threads: int, isa: str) -> float:
+def fma_gflops(threads: int, isa: str) -> float:
+    """GFLOP/s of a loop of float32 multiply-adds in the registers of ``isa``, on all threads at once."""
     flop_of_one_round = _C.multiply_adds(1, 0.5, 1.0, isa)[0]
     rounds = _LOOP_FLOP // flop_of_one_round
     with ThreadPoolExecutor(threads) as pool:
