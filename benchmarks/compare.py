@@ -28,7 +28,7 @@ import training
 
 import fusedsep
 from fusedsep.cli._arguments import CommandError, output_file, positive_int
-from fusedsep.cli._measure import Times, time_interleaved
+from fusedsep.cli._measure import Times, pause_between_engines, time_interleaved
 from fusedsep.cli._output import machine_line, write_json
 from fusedsep.cli._peers import Unavailable
 
@@ -40,7 +40,7 @@ class Plan(NamedTuple):
     entries: str  # name of the list in shapes.py
     repeats: int
     batch: int | None  # None: each subject its own, which its name tells
-    pause: float | None = None  # of `time_interleaved`
+    rehearsed: bool = False  # see `measure`
 
     def subjects(self, batch: int | None) -> Sequence[Callable[[], subjects.Subject]]:
         return [functools.partial(self.make, entry, batch) for entry in getattr(shapes, self.entries)]
@@ -54,8 +54,7 @@ def _with_batch(make: Callable[..., subjects.Subject]) -> Callable[..., subjects
 PLANS = {
     "blocks": Plan(subjects.block, "BLOCKS", 100, 1),
     "networks": Plan(lambda network, batch: subjects.network(*network, batch), "NETWORKS", 100, 1),
-    # Threads of other engines spin for some milliseconds after a call.
-    "peers": Plan(_with_batch(subjects.peer_network), "PEER_NETWORKS", 30, None, pause=0.02),
+    "peers": Plan(_with_batch(subjects.peer_network), "PEER_NETWORKS", 30, None, rehearsed=True),
     "training-blocks": Plan(training.block, "BLOCKS", 20, 8),
     "training-networks": Plan(_with_batch(training.network), "TRAINING_NETWORKS", 20, None),
 }
@@ -76,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     repeats, batch = arguments.repeats or plan.repeats, arguments.batch or plan.batch
     results, makers, begin = [], plan.subjects(batch), time.monotonic()
     for number, make in enumerate(makers, 1):
-        results.append(measure(make(), repeats, arguments.with_compile, plan.pause))
+        results.append(measure(make(), repeats, arguments.with_compile, plan.rehearsed))
         print(f"  {number} of {len(makers)} after {time.monotonic() - begin:.0f} s", flush=True)
     document = {
         "subject": arguments.subject,
@@ -91,8 +90,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def measure(subject: subjects.Subject, repeats: int, with_compile: bool, pause: float | None = None) -> dict[str, Any]:
-    """Check and time every variant; the entry of ``subject`` in the JSON. What is not installed is named."""
+def measure(subject: subjects.Subject, repeats: int, with_compile: bool, rehearsed: bool = False) -> dict[str, Any]:
+    """Check and time every variant; the entry of ``subject`` in the JSON. What is not installed is named.
+
+    Args:
+        rehearsed: each timed call comes after a pause and untimed ones, as engines with threads of their own need it.
+    """
     print(f"\n{subject.network} {subject.name}")
     calls = {}
     for variant in subjects.variants(subject.engines, with_compile):
@@ -100,6 +103,7 @@ def measure(subject: subjects.Subject, repeats: int, with_compile: bool, pause: 
             calls[str(variant)] = subject.call(variant)
         except Unavailable as reason:
             print(f"  {variant}: not timed: {reason}")
+    pause = pause_between_engines() if rehearsed else None
     times = time_interleaved(calls, repeats, inference=subject.inference, pause=pause)
     for variant, samples in times.items():
         print(f"  {variant:22} {samples.median:8.3f} ms ±{samples.spread:.3f}")

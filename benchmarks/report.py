@@ -95,7 +95,7 @@ def _render_peers(document: dict[str, Any]) -> str:
     leads = [lead(result) for result in results]
     spreads = [time["spread_ms"] / time["median_ms"] for result in results for time in result["times"].values()]
     legend = (
-        f"Median milliseconds of {document['settings']['repeats']} calls in turns, each after one that is not timed; "
+        f"Median milliseconds of {document['settings']['repeats']} calls in turns, each rehearsed for 2 ms; "
         f"half of the quartile range is mostly {statistics.median(spreads):.0%} of it and {max(spreads):.0%} at worst. "
         f"Where there are two, NCHW · channels_last. *fastest other / frozen*: geometric mean "
         f"{statistics.geometric_mean(leads):.2f}x, from {min(leads):.2f}x to {max(leads):.2f}x. *of peak*: operations "

@@ -16,14 +16,12 @@ from .. import reference
 from ..mobilenet import FIRST_CHANNELS, STAGES, scaled_channels
 from ._arguments import CommandError, describe, make_model
 from ._limits import Limits
-from ._measure import compare, time_interleaved
+from ._measure import compare, pause_between_engines, time_interleaved
 from ._parts import measure_parts
 from ._peers import Unavailable, make_call
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 _OURS = ("fused", "frozen")
-#: Seconds. Threads of an engine that has just run may spin for some milliseconds, and would have a core of the next's.
-_PAUSE = 0.02
 
 
 class Case(NamedTuple):
@@ -108,7 +106,7 @@ def measure(subject: Subject, memory_format: str, peers: Iterable[str], repeats:
             calls[peer] = call
         except Unavailable as reason:
             left_out[peer] = str(reason)
-    times = time_interleaved(calls, repeats, pause=_PAUSE if torch.get_num_threads() > 1 else 0.0)
+    times = time_interleaved(calls, repeats, pause=pause_between_engines())
     ours_best = min(times[engine].median for engine in _OURS)
     gflops = 2e-6 * fusedsep.complexity(unfused, tuple(x.shape)).mult_adds / ours_best
     return {

@@ -17,6 +17,7 @@ _FACTOR = 3.0
 #: Units in the last place of the largest output. In float64 the reference is torch's own result, whose error reads 0.
 _ULPS = {torch.float32: 4.0, torch.float64: 64.0}
 _WARM_UP = 2  # calls that are not timed: allocation, weight packing, caches
+_REHEARSAL = 0.002  # seconds
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,8 @@ def time_interleaved(
 
     Args:
         inference: under ``torch.inference_mode()``.
-        pause: seconds to wait before each timed call and one more of the same that is not timed, which brings back to
-            the caches what the others threw out. Without it a call finds the caches as the one before left them.
+        pause: seconds to wait before each timed call and 2 ms of the same that are not timed, which bring back to the
+            caches what the others threw out. Without it a call finds the caches as the one before left them.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode(inference):
@@ -102,8 +103,24 @@ def time_interleaved(
             for name, call in calls.items():
                 if pause is not None:
                     time.sleep(pause)
-                    call()
+                    _run_for(_REHEARSAL, call)
                 start = time.perf_counter_ns()
                 call()
                 samples[name].append((time.perf_counter_ns() - start) / 1e6)
     return {name: Times(tuple(values)) for name, values in samples.items()}
+
+
+def pause_between_engines() -> float:
+    """Seconds, for :func:`time_interleaved` at torch's threads.
+
+    Threads of an engine that has just run may spin for some milliseconds, and would have a core of the next one's.
+    """
+    return 0.02 if torch.get_num_threads() > 1 else 0.0
+
+
+def _run_for(seconds: float, call: Callable[[], object]) -> None:
+    """At least once."""
+    end = time.perf_counter() + seconds
+    call()
+    while time.perf_counter() < end:
+        call()
