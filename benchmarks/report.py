@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Put the results of compare.py as tables into a Markdown file, between ``<!-- blocks:begin -->`` and ``:end``.
+"""Put results as tables into Markdown files, between ``<!-- blocks:begin -->`` and ``:end``.
 
-python benchmarks/report.py README.md benchmarks/results/*.json
-python benchmarks/report.py README.md benchmarks/results/*.json --check
+python benchmarks/report.py README.md,benchmarks/README.md benchmarks/results/*.json
+python benchmarks/report.py README.md,benchmarks/README.md benchmarks/results/*.json --check
+
+Results are what compare.py writes, and as ``parts`` what ``fusedsep bench --json`` does. Each kind has its place in one
+of the files.
 """
 
 from __future__ import annotations
@@ -34,21 +37,25 @@ _ONE_FORMAT = ("compiled", "onnxruntime", "openvino")
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("markdown", type=Path)
+    parser.add_argument("markdown", type=lambda text: [Path(name) for name in text.split(",")], metavar="FILE,...")
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the tables are not up to date")
     arguments = parser.parse_args(argv)
-    old = new = arguments.markdown.read_text()
+    old = {path: path.read_text() for path in arguments.markdown}
+    new = dict(old)
     documents = [json.loads(path.read_text()) for path in arguments.results]
     for subject in dict.fromkeys(document["subject"] for document in documents):
         tables = [render(document) for document in documents if document["subject"] == subject]
-        new = replace_region(new, subject, "\n".join(tables))
-    if not arguments.check:
-        arguments.markdown.write_text(new)
-    elif new != old:
-        print(f"{arguments.markdown} does not show these results: run benchmarks/report.py", file=sys.stderr)
-        return 1
-    return 0
+        # Where no file has the markers, the first one is named in the error.
+        path = next((path for path in new if f"<!-- {subject}:begin -->" in new[path]), arguments.markdown[0])
+        new[path] = replace_region(new[path], subject, "\n".join(tables))
+    changed = [path for path in new if new[path] != old[path]]
+    for path in changed:
+        if arguments.check:
+            print(f"{path} does not show these results: run benchmarks/report.py", file=sys.stderr)
+        else:
+            path.write_text(new[path])
+    return 1 if arguments.check and changed else 0
 
 
 def replace_region(text: str, name: str, content: str) -> str:
@@ -69,6 +76,8 @@ def render(document: dict[str, Any]) -> str:
     """The Markdown for one file of results: the first network's table, those of the others folded away, a legend."""
     if document["subject"] == "peers":
         return _render_peers(document)
+    if document["subject"] == "parts":
+        return _render_parts(document)
     results, machine = document["results"], document["machine"]
     first = [result for result in results if result["network"] == results[0]["network"]]
     others = [result for result in results if result not in first]
@@ -103,6 +112,40 @@ def _render_peers(document: dict[str, Any]) -> str:
         "the same process. Each engine was checked against float64 first."
     )
     return "\n".join([*lines, "", legend, ""])
+
+
+def _render_parts(document: dict[str, Any]) -> str:
+    limits = {known["threads"]: known for known in document["limits"]}
+    lines = []
+    for network in document["parts"]:
+        known = limits[network["threads"]]
+        facts = machine_line({**document["machine"], "threads": network["threads"], "peers": {}})
+        lines += [f"**{network['name']}, batch {network['batch']}** on {facts}: {known['text']}.", ""]
+        header = [
+            "",
+            "MFLOP",
+            "KiB",
+            "FLOP / byte",
+            "at peak, us",
+            "bytes, us",
+            "between, us",
+            "measured, us",
+            "of peak",
+        ]
+        lines += [_row(header), _row(["---", *["---:"] * (len(header) - 1)])]
+        for part in network["parts"]:
+            numbers = (
+                1e3 * part["gflop"],
+                part["moved_bytes"] / 1024,
+                part["intensity"],
+                *(1e3 * part[name] for name in ("arithmetic_ms", "moved_ms", "scratch_ms", "ms")),
+            )
+            cells = [_three_digits(number) for number in numbers]
+            cells[4] += f" ({part['level']})"
+            lines.append(_row([part["name"], *cells, f"{part['share_of_peak']:.0%}"]))
+        alone, whole = _three_digits(network["sum_ms"]), _three_digits(network["whole_ms"])
+        lines += ["", f"All parts {alone} ms one by one; as one call {whole} ms.", ""]
+    return "\n".join(lines)
 
 
 def lead(result: dict[str, Any]) -> float:

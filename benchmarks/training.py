@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from shapes import Shape
 from subjects import ENGINES, Answer, Engines, Subject, Variant, block_and_input, compiled, network_and_input
 
+from fusedsep.cli._training_memory import saved_bytes
+
 _KINKS = (-3.0, 0.0, 3.0, 6.0)  # of ReLU, ReLU6 and Hardswish
 _REACH = 0.05  # how far a BN's bias moves at most to keep away from them
 
@@ -37,18 +39,7 @@ class TrainingSubject(Subject):
     def saved_bytes(self, engine: str) -> int:
         """What autograd keeps from the forward for the backward, besides parameters and buffers."""
         module, *inputs = self._operands(Variant(engine, "NCHW"))
-        storages: dict[int, torch.UntypedStorage] = {}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-            return tensor
-
-        work = self._work(module, *inputs)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            work()
-        for tensor in (*module.parameters(), *module.buffers()):
-            storages.pop(tensor.untyped_storage().data_ptr(), None)
-        return sum(storage.nbytes() for storage in storages.values())
+        return saved_bytes(self._work(module, *inputs), [*module.parameters(), *module.buffers()])
 
     def _prepare(self) -> None:
         hooks = [

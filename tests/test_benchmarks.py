@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import fusedsep
+from fusedsep.cli import main
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 README = "# Title\n\n<!-- blocks:begin -->\nold\n<!-- blocks:end -->\n\nafter\n"
@@ -349,6 +350,22 @@ def test_report_of_training(script):
     assert "Median milliseconds, NCHW · channels_last, of 9 calls in turns" in table
     assert "*GFLOP/s*: of fused;" in table
     assert "*MiB*: what autograd keeps" in table
+
+
+def test_report_of_parts(script, tmp_path):
+    """What ``fusedsep bench`` writes becomes a table in the file that has a place for it."""
+    results, first, second = tmp_path / "parts.json", tmp_path / "first.md", tmp_path / "second.md"
+    command = ["bench", "--width", "0.25", "--resolution", "32", "--repeats", "1", "--peers", "none", "--threads", "1"]
+    assert main([*command, "--no-blocks", "--json", str(results)]) == 0
+    first.write_text(README)
+    second.write_text("<!-- parts:begin -->\n<!-- parts:end -->\n")
+    assert script("report").main([f"{first},{second}", str(results)]) == 0
+    assert first.read_text() == README
+    text = second.read_text()
+    assert "**MobileNetV1 0.25-32, batch 1** on " in text
+    assert text.count("\n| ") == 1 + 15 + 1  # a header, a rule, first convolution, thirteen blocks, classifier
+    # 8 -> 16 on 16 x 16: two operations for each of (9 + 16) * 8 * 256 Mult-Adds; both maps and the weights.
+    assert f"| 1: 8 -> 16, 16x16 | 0.102 | {4 * (24 * 256 + 9 * 8 + 8 + 8 * 16 + 16) / 1024:#.3g} |" in text
 
 
 def test_report_check(script, files, capsys):

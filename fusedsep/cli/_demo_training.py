@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import fusedsep
 
 from ..pretrained.digits import Digits
+from ._training_memory import saved_bytes
 
 TWINS = ("unfused", "fused")
 
@@ -69,22 +70,8 @@ class Twin:
 
     def count_saved_bytes(self, x: torch.Tensor, labels: torch.Tensor) -> None:
         """Of the storages that autograd holds on to for one backward, besides parameters and the batch itself."""
-        known = {tensor.untyped_storage().data_ptr() for tensor in (x, labels, *self.network.parameters())}
-        sizes: dict[int, int] = {}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:
-                sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        # A copy in its place moves no running statistics.
-        twin = copy.deepcopy(self.network)
-        known |= {parameter.untyped_storage().data_ptr() for parameter in twin.parameters()}
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = F.cross_entropy(twin(x), labels)
-        self.saved_bytes = sum(sizes.values())
-        del loss
+        twin = copy.deepcopy(self.network)  # in its place: no running statistics move
+        self.saved_bytes = saved_bytes(lambda: F.cross_entropy(twin(x), labels), (x, labels, *twin.parameters()))
 
     def test(self, x: torch.Tensor, labels: torch.Tensor) -> None:
         self.network.eval()

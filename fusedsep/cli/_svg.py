@@ -110,7 +110,7 @@ def bars(title: str, description: str, rows: Sequence[Row], series: Series, unit
     legend = {
         name: f'<rect y="1" width="12" height="12" class="series{number}"/>'
         for name, number in series.items()
-        if any(row.values.get(name) for row in rows)
+        if len(series) > 1 and any(row.values.get(name) for row in rows)
     }
     return _figure(title, description, height, parts, legend)
 

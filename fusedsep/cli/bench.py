@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Time MobileNetV1 or your own network: torch eager, other engines, fused and frozen; part by part, and its blocks."""
+"""Time MobileNetV1 or your own network in torch eager, other engines, fused and frozen, part by part; or train it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import _inference_page
+from . import _inference_page, _training_bench
 from ._arguments import add_model, output_file, positive_int, positive_ints
 from ._inference import FORMATS, Case, measure, measure_network_parts, subjects_of
 from ._limits import Limits, measure_limits
@@ -27,7 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=positive_ints, metavar="N,...", help="intra-op threads (default: torch's own)"
     )
     parser.add_argument(
-        "--batch", type=positive_ints, default=(1,), metavar="N,...", help="images at once (default: 1)"
+        "--batch", type=positive_ints, metavar="N,...", help="images at once (default: 1, with --train 8)"
+    )
+    parser.add_argument(
+        "--train", action="store_true", help="training steps instead: times, memory, the passes of the operator"
     )
     parser.add_argument(
         "--format",
@@ -47,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    arguments.batch = arguments.batch or ((8,) if arguments.train else (1,))
+    if arguments.train:
+        return _training_bench.run(arguments)
     document = _measure_all(arguments)
     for limits in document["limits"]:
         facts = {**document["machine"], "threads": limits["threads"]}
@@ -86,6 +92,7 @@ def _measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
             begin(f"the parts of {subject.name}")
             parts.append(measure_network_parts(subject, arguments.format, arguments.repeats, known))
     return {
+        "subject": "parts",
         "machine": {**machine(), "threads": list(threads), "peers": versions(arguments.peers)},
         "limits": [{**known.as_json(), "text": str(known)} for known in limits.values()],
         "settings": {

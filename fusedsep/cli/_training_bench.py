@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""``bench --train``: whole steps against torch, what they keep and take of memory, and the passes of the operator."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from . import _training_page
+from ._arguments import CommandError, describe
+from ._limits import Limits, measure_limits
+from ._output import machine, machine_line, print_table, progress, write_json, write_text
+from ._passes import measure_passes
+from ._training_memory import resident_peak
+from ._training_steps import (
+    ENGINES,
+    OURS,
+    PHASES,
+    Trainee,
+    compare_losses,
+    first_losses,
+    make_subject,
+    time_steps,
+)
+
+_PASS_REPEATS = 5
+
+
+def run(arguments: argparse.Namespace) -> int:
+    document = _measure_all(arguments)
+    for known in document["limits"]:
+        print(f"\n{machine_line({**document['machine'], 'threads': known['threads']})}\n{known['text']}")
+        results = [result for result in document["results"] if result["threads"] == known["threads"]]
+        _print_steps(results)
+        for result in results:
+            _print_passes(result)
+    _print_legend(document)
+    if arguments.json is not None:
+        write_json(arguments.json, document)
+    if arguments.html is not None:
+        write_text(arguments.html, _training_page.render(document))
+    return 0 if all(result["ok"] for result in document["results"]) else 1
+
+
+def _measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
+    threads = arguments.threads or (torch.get_num_threads(),)
+    widths = arguments.width if arguments.model is None else arguments.width[:1]
+    cases = list(itertools.product(threads, arguments.batch, widths, arguments.resolution))
+    engines = [engine for engine in ENGINES if engine != "compile" or "compile" in arguments.peers]
+    results = []
+    limits: dict[int, Limits] = {}
+    with progress(len(cases) * (2 + len(engines)) + len(threads)) as begin:
+        for n_threads, batch, width, resolution in cases:
+            torch.set_num_threads(n_threads)
+            if n_threads not in limits:
+                begin("the limits of this machine")
+                limits[n_threads] = measure_limits()
+            case = {"model": arguments.model, "width": width, "resolution": resolution, "batch": batch}
+            try:
+                name, network, images, labels = make_subject(**case)
+            except Exception as error:
+                if arguments.model is None or isinstance(error, CommandError):
+                    raise
+                raise CommandError(
+                    f"--model: {arguments.model} does not train on {resolution}x{resolution} images: {describe(error)}"
+                ) from error
+            begin(f"steps of {name}, batch {batch}")
+            result = {"name": name, "threads": n_threads, **case}
+            result |= _measure_steps(network, images, labels, engines, arguments.repeats)
+            result["resident_bytes"] = {}
+            for engine in result["times"]:
+                begin(f"memory of {engine}, {name}, batch {batch}")
+                result["resident_bytes"][engine] = resident_peak({**case, "threads": n_threads}, engine)
+            begin(f"passes of {name}, batch {batch}")
+            result["passes"] = measure_passes(network.train(), images, _PASS_REPEATS, limits[n_threads])
+            results.append(result)
+    return {
+        "subject": "training",
+        "machine": {**machine(), "threads": list(threads)},
+        "limits": [{**known.as_json(), "text": str(known)} for known in limits.values()],
+        "settings": {
+            "model": arguments.model,
+            "width": list(widths),
+            "resolution": list(arguments.resolution),
+            "batch": list(arguments.batch),
+            "repeats": arguments.repeats,
+        },
+        "results": results,
+    }
+
+
+def _measure_steps(
+    network: nn.Module, images: torch.Tensor, labels: torch.Tensor | None, engines: Sequence[str], repeats: int
+) -> dict[str, Any]:
+    """Losses, times and saved bytes; an engine other than ours that fails or differs is left out, with the reason."""
+    exact = first_losses(Trainee(network, images, labels, "eager nchw", torch.double))
+    torchs = first_losses(Trainee(network, images, labels, "eager nchw"))
+    checks, trainees, saved, left_out = {}, {}, {}, {}
+    for engine in engines:
+        try:
+            trainee = Trainee(network, images, labels, engine)
+            checks[engine] = compare_losses(first_losses(trainee), torchs, exact)
+            if engine not in OURS and not checks[engine].ok:
+                left_out[engine] = f"losses are off by {checks[engine].error:.1e}"
+                continue
+            saved[engine] = trainee.saved_bytes()
+            trainees[engine] = trainee
+        except Exception as error:
+            if engine in OURS:
+                raise
+            left_out[engine] = describe(error)
+    times = time_steps(trainees, repeats)
+    steps = {engine: phases["step"].median for engine, phases in times.items()}
+    ours = min(steps[engine] for engine in OURS)
+    return {
+        "ok": all(checks[engine].ok for engine in OURS),
+        "largest_error": max(checks[engine].error for engine in OURS),
+        "torch_error": checks[OURS[0]].torch_error,
+        "speedup": min(ms for engine, ms in steps.items() if engine not in OURS) / ours,
+        "left_out": left_out,
+        "times": {engine: {phase: t.as_json() for phase, t in phases.items()} for engine, phases in times.items()},
+        "saved_bytes": saved,
+    }
+
+
+def _print_steps(results: Sequence[dict[str, Any]]) -> None:
+    rows = []
+    for result in results:
+        for engine, phases in result["times"].items():
+            resident = result["resident_bytes"][engine]
+            rows.append(
+                (
+                    f"{result['name']}, batch {result['batch']}",
+                    engine,
+                    f"{phases['step']['median_ms']:.3g}",
+                    *(f"{phases[phase]['median_ms']:.3g}" for phase in PHASES),
+                    f"{result['saved_bytes'][engine] / 2**20:.1f}",
+                    "" if resident is None else f"{resident / 2**20:.1f}",
+                )
+            )
+    columns = ("network", "engine", "step ms", *(f"{phase} ms" for phase in PHASES), "saved MiB", "resident MiB")
+    print_table("training steps", columns, rows, text_columns=2)
+    for result in results:
+        verdict = "pass" if result["ok"] else "FAIL"
+        print(
+            f"{result['name']}, batch {result['batch']}: {result['speedup']:.2f}x the fastest of torch; "
+            f"losses {verdict} (off by {result['largest_error']:.1e}, float32 eager by {result['torch_error']:.1e})"
+        )
+
+
+def _print_passes(result: dict[str, Any]) -> None:
+    rows = [
+        (
+            one["name"],
+            f"{one['ms']:.3g}",
+            f"{one['gflops']:.0f}",
+            f"{one['arithmetic_ms']:.3g}",
+            f"{one['moved_bytes'] / 2**20:.1f}",
+            f"{one['moved_ms']:.3g}",
+        )
+        for one in result["passes"]
+    ]
+    if rows:
+        print_table(
+            f"the passes of all blocks of {result['name']}, batch {result['batch']}, channels_last",
+            ("pass", "ms", "GFLOP/s", "arithmetic ms", "MiB", "bytes ms"),
+            rows,
+        )
+
+
+def _print_legend(document: dict[str, Any]) -> None:
+    print(
+        "step: forward with loss, backward, SGD with momentum; losses of the first steps were checked against float64"
+    )
+    print("saved: what autograd keeps from forward to backward, besides parameters")
+    print(
+        "resident: by how much the resident set of a process of its own grows at most, gradients and momentum included"
+    )
+    print("bytes ms: what a pass reads and writes, each once, at the speed of a copy in the cache that holds it")
+    reasons = (f"{engine}: {why}" for result in document["results"] for engine, why in result["left_out"].items())
+    for reason in dict.fromkeys(reasons):
+        print(f"not timed: {reason}")
+    if not any("compile" in result["times"] or "compile" in result["left_out"] for result in document["results"]):
+        print("not timed: compile: takes minutes, ask for it with --peers compile")
