@@ -117,10 +117,12 @@ def _render_peers(document: dict[str, Any]) -> str:
 def _render_parts(document: dict[str, Any]) -> str:
     limits = {known["threads"]: known for known in document["limits"]}
     lines = []
-    for network in document["parts"]:
+    for index, network in enumerate(document["parts"]):
         known = limits[network["threads"]]
         facts = machine_line({**document["machine"], "threads": network["threads"], "peers": {}})
-        lines += [f"**{network['name']}, batch {network['batch']}** on {facts}: {known['text']}.", ""]
+        name = f"{network['name']}, batch {network['batch']}"
+        lines += [f"<details><summary>{name}</summary>", ""] if index else []
+        lines += [f"**{name}** on {facts}: {known['text']}.", ""]
         header = [
             "",
             "MFLOP",
@@ -145,6 +147,7 @@ def _render_parts(document: dict[str, Any]) -> str:
             lines.append(_row([part["name"], *cells, f"{part['share_of_peak']:.0%}"]))
         alone, whole = _three_digits(network["sum_ms"]), _three_digits(network["whole_ms"])
         lines += ["", f"All parts {alone} ms one by one; as one call {whole} ms.", ""]
+        lines += ["</details>", ""] if index else []
     return "\n".join(lines)
 
 
