@@ -247,3 +247,21 @@ def test_labels_of_a_chart():
     assert _svg._ranges([7]) == "7"
     assert _svg._shortened("short") == "short"
     assert _svg._shortened("x" * 30 + "y" * 30) == "…" + "x" * 9 + "y" * 30
+
+
+def test_a_network_without_parts(tmp_path, monkeypatch, capsys):
+    module = type(sys)("without_parts")
+    module.network = lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    monkeypatch.setitem(sys.modules, "without_parts", module)
+    document, text = bench(tmp_path, "--model", "without_parts:network", "--resolution", "8", "--threads", "1")
+    assert document["parts"][0]["parts"] == []
+    assert "Nothing in this network runs in the kernels." in text
+    assert "the parts of" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("memory_format", ["nchw", "channels_last"])
+def test_parts_in_both_formats(tmp_path, memory_format):
+    document, _ = bench(
+        tmp_path, "--width", "0.25", "--resolution", "40", "--batch", "3", "--format", memory_format, "--threads", "1"
+    )
+    assert len(document["parts"][0]["parts"]) == 15

@@ -80,6 +80,8 @@ def _against(title: str, results: list[dict[str, Any]]) -> str:
 
 
 def _roofline(network: Mapping[str, Any], limits: Mapping[str, Any]) -> str:
+    if not network["parts"]:
+        return paragraph("Nothing in this network runs in the kernels.")
     points = [
         Point(part["intensity"], part["gflops"], number, part["name"]) for number, part in enumerate(network["parts"])
     ]

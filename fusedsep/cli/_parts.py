@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 
 from .. import _ops
-from .._chain import Classifier, Element, FirstConvolution, LayerChain, Site
+from .._chain import Classifier, FirstConvolution, LayerChain
 from .._frozen import FrozenSeparable
 from ._limits import Limits
 from ._measure import Times, time_interleaved
@@ -44,25 +44,21 @@ class Part:
 def parts_of(frozen: nn.Module, x: torch.Tensor) -> list[Part]:
     """The parts in the order in which ``frozen(x)`` runs them; other layers are left out."""
     parts: list[Part] = []
-    site_forward = FrozenSeparable.forward
 
-    def note_site(site: FrozenSeparable, x: torch.Tensor) -> torch.Tensor:
-        y = site_forward(site, x)
-        parts.append(_site(len(parts), site, x, y))
-        return y
+    def noting(method: Callable[..., torch.Tensor], make: Callable[..., Part]) -> Callable[..., torch.Tensor]:
+        def call(layer: Any, x: torch.Tensor) -> torch.Tensor:
+            y = method(layer, x)
+            parts.append(make(len(parts), layer, x, y))
+            return y
 
-    def note_ends(chain: LayerChain, x: torch.Tensor) -> torch.Tensor:
-        for element in chain.elements:
-            y = element(x)  # sites note themselves
-            if not isinstance(element, Site):
-                parts.append(_end(len(parts), element, x, y))
-            x = y
-        return x
+        return call
 
     with (
         torch.inference_mode(),
-        mock.patch.object(FrozenSeparable, "forward", note_site),
-        mock.patch.object(LayerChain, "__call__", note_ends),
+        mock.patch.object(LayerChain, "_run", lambda chain, x: None),  # layer by layer
+        mock.patch.object(FrozenSeparable, "forward", noting(FrozenSeparable.forward, _site)),
+        mock.patch.object(FirstConvolution, "__call__", noting(FirstConvolution.__call__, _end)),
+        mock.patch.object(Classifier, "__call__", noting(Classifier.__call__, _end)),
     ):
         frozen(x)
     return parts
@@ -130,23 +126,21 @@ def _site(index: int, site: FrozenSeparable, x: torch.Tensor, y: torch.Tensor) -
     )
 
 
-def _end(index: int, element: Element, x: torch.Tensor, y: torch.Tensor) -> Part:
-    nchw = isinstance(element, FirstConvolution) and not x.is_contiguous(memory_format=torch.channels_last)
-    layer, _, _ = element.layer(*x.shape[-2:], nchw)
+def _end(index: int, layer: FirstConvolution | Classifier, x: torch.Tensor, y: torch.Tensor) -> Part:
+    nchw = isinstance(layer, FirstConvolution) and not x.is_contiguous(memory_format=torch.channels_last)
+    numbers, _, _ = layer.layer(*x.shape[-2:], nchw)
     if not nchw:
         x = x.contiguous(memory_format=torch.channels_last)
-    call = functools.partial(_ops.chain, x, element.pack(nchw), list(layer))
-    weights = [tensor for tensor in element.tensors() if tensor is not None]
-    size = f"{x.shape[-2]}x{x.shape[-1]}"
-    if isinstance(element, FirstConvolution):
-        name, kind = f"first convolution, {size}", FIRST
-    elif isinstance(element, Classifier):
-        name, kind = f"mean and classifier, {size}", CLASSIFIER
-    else:
-        name, kind = f"{type(element).__name__}, {size}", OTHER
-    weight = weights[0]
-    mult_adds = weight.numel() * (y.numel() // weight.shape[0])
-    return Part(f"{index}: {name}", kind, mult_adds, _nbytes(x, y, *weights), 0, call)
+    weights = [tensor for tensor in layer.tensors() if tensor is not None]
+    name, kind = ("first convolution", FIRST) if isinstance(layer, FirstConvolution) else ("classifier", CLASSIFIER)
+    return Part(
+        f"{index}: {name}, {x.shape[-2]}x{x.shape[-1]}",
+        kind,
+        weights[0].numel() * (y.numel() // weights[0].shape[0]),
+        _nbytes(x, y, *weights),
+        0,
+        functools.partial(_ops.chain, x, layer.pack(nchw), list(numbers)),
+    )
 
 
 def _nbytes(*tensors: torch.Tensor) -> int:

@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=positive_ints, metavar="N,...", help="images at once (default: 1, with --train 8)"
     )
     parser.add_argument(
-        "--train", action="store_true", help="training steps instead: times, memory, the passes of the operator"
+        "--train",
+        action="store_true",
+        help="time training steps instead, their memory and passes; of the other engines only compile trains",
     )
     parser.add_argument(
         "--format",
@@ -135,7 +137,7 @@ def _print_results(document: dict[str, Any], threads: int, batch: int) -> None:
 
 def _print_parts(document: dict[str, Any], threads: int, batch: int) -> None:
     for network in document["parts"]:
-        if (network["threads"], network["batch"]) != (threads, batch):
+        if (network["threads"], network["batch"]) != (threads, batch) or not network["parts"]:
             continue
         rows = [
             (
