@@ -54,6 +54,8 @@ def test_a_training_bench(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "MobileNetV1 0.25-64, batch 8" in printed
     assert "losses pass" in printed
+    flop = 6 * fusedsep.complexity(reference.MobileNetV1(width_multiplier=0.25), (8, 3, 64, 64)).mult_adds
+    assert result["share_of_peak"] == pytest.approx(flop / (ours * 1e-3) / 100e9)
     assert "not timed: compile: takes minutes" in printed
     assert "pointwise backward" in printed
     for text in ("Time per phase", "Saved for the backward", "The passes of the training operator"):
@@ -232,12 +234,15 @@ def test_work_of_the_passes():
 def test_every_pass_of_every_block_is_timed():
     network = reference.MobileNetV1(width_multiplier=0.25).train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    passes = _passes.measure_passes(network, torch.randn(2, 3, 64, 64), 1, LIMITS)
+    measured = _passes.measure_passes(network, torch.randn(2, 3, 64, 64), 1, LIMITS)
+    passes, whole = measured["passes"], measured["whole"]
     assert [one["name"] for one in passes] == [one.name for one in _passes.PASSES]
     assert all(0 < one["ms"] < math.inf for one in passes)
     complexity = fusedsep.complexity(network, (2, 3, 64, 64))
     forward = sum(pair.mult_adds for pair in complexity.separable)
     assert passes[1]["gflop"] == pytest.approx(2e-9 * forward)
+    assert whole["gflop"] == pytest.approx(3 * 2e-9 * forward)
+    assert whole["share_of_peak"] == pytest.approx(whole["gflop"] / (whole["ms"] * 1e-3) / 100)
     sizes = sum(one["moved_bytes"] for one in passes)
     assert sum(one["moved_ms"] for one in passes) == pytest.approx(sizes / 20e9 * 1e3)
     for name, value in network.state_dict().items():
@@ -246,5 +251,6 @@ def test_every_pass_of_every_block_is_timed():
 
 def test_a_network_without_blocks_has_no_passes():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    assert _passes.measure_passes(network, torch.randn(2, 3, 8, 8), 1, LIMITS) == []
-    assert "No 3x3 depthwise-separable blocks" in _training_page._passes({"passes": []}, {})
+    measured = _passes.measure_passes(network, torch.randn(2, 3, 8, 8), 1, LIMITS)
+    assert measured == {"whole": {"ms": 0.0, "gflop": 0.0}, "passes": []}
+    assert "No 3x3 depthwise-separable blocks" in _training_page._passes({"blocks": measured}, {})

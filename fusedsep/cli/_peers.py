@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from ._arguments import describe
+
 #: Runs the model on the input that it was made for.
 Call = Callable[[], torch.Tensor]
 
@@ -100,9 +102,11 @@ def _peers(text: str) -> tuple[str, ...]:
 
 
 def versions(peers: Iterable[str]) -> dict[str, str]:
-    """Of those of ``peers`` that are packages of their own and installed."""
+    """Of those of ``peers`` that are packages of their own (``compile`` is torch's) and installed."""
     found = {}
     for peer in peers:
+        if peer == "compile":
+            continue
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[peer] = importlib.metadata.version(peer)
     return found
@@ -122,7 +126,7 @@ def make_call(peer: str, module: nn.Module, x: torch.Tensor) -> tuple[Call, torc
     except Unavailable:
         raise
     except Exception as error:  # of many kinds, none of them ours
-        raise Unavailable(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}") from error
+        raise Unavailable(describe(error)[:200]) from error
 
 
 def _import(name: str) -> Any:

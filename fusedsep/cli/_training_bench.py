@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+import fusedsep
+
 from . import _training_page
 from ._arguments import CommandError, describe
 from ._limits import Limits, measure_limits
@@ -77,7 +79,10 @@ def _measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
                 begin(f"memory of {engine}, {name}, batch {batch}")
                 result["resident_bytes"][engine] = resident_peak({**case, "threads": n_threads}, engine)
             begin(f"passes of {name}, batch {batch}")
-            result["passes"] = measure_passes(network.train(), images, _PASS_REPEATS, limits[n_threads])
+            result["blocks"] = measure_passes(network.train(), images, _PASS_REPEATS, limits[n_threads])
+            gflop = 3 * 2e-9 * fusedsep.complexity(network, tuple(images.shape)).mult_adds
+            fastest = min(result["times"][engine]["step"]["median_ms"] for engine in OURS)
+            result["share_of_peak"] = 1e3 * gflop / fastest / limits[n_threads].fma_gflops
             results.append(result)
     return {
         "subject": "training",
@@ -148,7 +153,8 @@ def _print_steps(results: Sequence[dict[str, Any]]) -> None:
     for result in results:
         verdict = "pass" if result["ok"] else "FAIL"
         print(
-            f"{result['name']}, batch {result['batch']}: {result['speedup']:.2f}x the fastest of torch; "
+            f"{result['name']}, batch {result['batch']}: {result['speedup']:.2f}x the fastest of torch, "
+            f"{result['share_of_peak']:.0%} of peak; "
             f"losses {verdict} (off by {result['largest_error']:.1e}, float32 eager by {result['torch_error']:.1e})"
         )
 
@@ -163,11 +169,13 @@ def _print_passes(result: dict[str, Any]) -> None:
             f"{one['moved_bytes'] / 2**20:.1f}",
             f"{one['moved_ms']:.3g}",
         )
-        for one in result["passes"]
+        for one in result["blocks"]["passes"]
     ]
     if rows:
+        whole = result["blocks"]["whole"]
         print_table(
-            f"the passes of all blocks of {result['name']}, batch {result['batch']}, channels_last",
+            f"the blocks of {result['name']}, batch {result['batch']}, channels_last: pass by pass; forward and "
+            f"backward as one operation {whole['ms']:.3g} ms, {whole['share_of_peak']:.0%} of peak",
             ("pass", "ms", "GFLOP/s", "arithmetic ms", "MiB", "bytes ms"),
             rows,
         )
@@ -177,6 +185,7 @@ def _print_legend(document: dict[str, Any]) -> None:
     print(
         "step: forward with loss, backward, SGD with momentum; losses of the first steps were checked against float64"
     )
+    print("of peak: counting three times the operations of the forward")
     print("saved: what autograd keeps from forward to backward, besides parameters")
     print(
         "resident: by how much the resident set of a process of its own grows at most, gradients and momentum included"

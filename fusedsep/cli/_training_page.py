@@ -51,6 +51,7 @@ def _steps(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
                 name,
                 *(f"{medians[engine]:.3g}" if engine in medians else "" for engine in present),
                 f"{result['speedup']:.2f}x",
+                f"{result['share_of_peak']:.0%}",
                 "pass" if result["ok"] else "FAIL",
             ]
         )
@@ -62,7 +63,7 @@ def _steps(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
     return (
         ratios("Steps", description, rows, present)
         + "".join(paragraph(f"Not timed: {reason}") for reason in missing)
-        + folded("The numbers", table(["median ms", *present, "speedup", "losses"], cells))
+        + folded("The numbers", table(["median ms", *present, "speedup", "of peak", "losses"], cells))
     )
 
 
@@ -98,7 +99,7 @@ def _memory(result: Mapping[str, Any]) -> str:
 
 
 def _passes(result: Mapping[str, Any], limits: Mapping[str, Any]) -> str:
-    passes = result["passes"]
+    passes, whole = result["blocks"]["passes"], result["blocks"]["whole"]
     if not passes:
         return paragraph("No 3x3 depthwise-separable blocks whose passes could be timed.")
     points = [Point(one["intensity"], one["gflops"], number, one["name"]) for number, one in enumerate(passes, 1)]
@@ -107,7 +108,8 @@ def _passes(result: Mapping[str, Any], limits: Mapping[str, Any]) -> str:
     chart = roofline(
         "The passes of the training operator",
         "Summed over all blocks, in channels_last, one pass after the other. Bytes are those that a pass has to read "
-        "and write, each once.",
+        f"and write, each once. Forward and backward as one operation take {whole['ms']:.3g} ms, "
+        f"{whole['share_of_peak']:.0%} of peak if they count as three times the forward.",
         points,
         roofs,
     )

@@ -81,7 +81,7 @@ def _measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
     with_blocks = arguments.model is None and (len(cases) == 1 if arguments.blocks is None else arguments.blocks)
     results, parts = [], []
     limits: dict[int, Limits] = {}
-    with progress(sum(2 + (9 if with_blocks else 0) for _ in cases) + len(threads)) as begin:
+    with progress(len(cases) * (11 if with_blocks else 2) + len(threads)) as begin:
         for case in cases:
             torch.set_num_threads(case.threads)
             if case.threads not in limits:
