@@ -202,7 +202,8 @@ def test_saved_bytes(script):
     subject = script("training").block(script("shapes").Shape("net", 8, 16, 5), batch=2)
     x, p, statistics = 2 * 8 * 25, 2 * 16 * 25, 2 * (8 + 16)
     assert subject.saved_bytes("eager") == 4 * (3 * x + 2 * p + statistics)  # what each of the six modules keeps
-    assert subject.saved_bytes("fused") == 4 * (x + p + statistics)
+    normalization = 4 * 8  # how the input is kept (fusedsep/_kept_input.py)
+    assert subject.saved_bytes("fused") == 4 * (x + p + statistics + normalization)
 
 
 @pytest.fixture
