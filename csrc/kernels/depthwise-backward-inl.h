@@ -97,6 +97,7 @@ struct GradientSegment {
   StripCorrection<V, true> corrected;
   const T* g1;
   int64_t g1_stride;  // elements between pixels
+  int64_t g1_row;     // and between rows
   bool whole;
   typename V::Mask mask;  // of g1's lanes unless `whole`
   T* gd;
@@ -116,6 +117,7 @@ __attribute__((noinline)) void gradient_segment(const GradientSegment<V>& segmen
   FUSEDSEP_UNROLL(16)
   for (int m = 0; m < M; ++m) {
     const auto* from = segment.g1 + m * segment.g1_stride;
+    __builtin_prefetch(from + segment.g1_row);
     const V g = segment.whole ? V::load(from) : V::load(from, segment.mask);
     gd[m] = V::mul(segment.scale, segment.corrected(g, V::sub(gd[m], segment.center)));
     gd[m].store(segment.gd + m * segment.gd_stride);
@@ -197,6 +199,7 @@ void keep_row(const TrainingParams<typename V::T>& p, const typename V::T* image
     auto* to = row + v * layout.x_columns * L;
     const auto load = [&](int64_t j) {
       const auto* x = from + j * channels + v * L;
+      __builtin_prefetch(x + conv.width * channels);  // what the next row reads
       return lanes >= L ? V::load(x) : V::load(x, mask);
     };
     if (p.x_affine.center == nullptr) {
@@ -277,6 +280,7 @@ void depthwise_backward_channels_last(const TrainingParams<typename V::T>& p, in
                                  StripCorrection<V, true>(p.correction1, Strip{c, 0, 0, 0, false}),
                                  nullptr,
                                  channels,
+                                 conv.out_width * channels,
                                  c + L <= channels,
                                  V::mask(0, channels - c),
                                  nullptr,
