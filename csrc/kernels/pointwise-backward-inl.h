@@ -155,6 +155,8 @@ void pointwise_backward(const TrainingParams<typename V::T>& p, const Tile& tile
     product.depth = out_channels;
     product.c = g1;
     product.c_stride = pitch;
+    product.ahead[0] = next_tile<kChannelsLast, T>(p.grad_y, p.conv, tile, out_channels);
+    product.ahead[1] = next_tile<kChannelsLast, T>(p.conv.y, p.conv, tile, out_channels);
     multiply<V, !kChannelsLast>(product);
   }
 

@@ -132,6 +132,12 @@ struct Microkernels {
   }
 };
 
+// Elements [next, end) of a map that whoever comes after the product reads.
+template <typename T>
+struct Ahead {
+  const T *next, *end;
+};
+
 // One product: rows in blocks [block_begin, block_end) of `rows`, columns [column_begin, column_end) of `columns`.
 // column_begin is a multiple of kTileColumns, and so is column_end unless it is the last column.
 template <typename T>
@@ -146,7 +152,8 @@ struct Product {
   int64_t c_stride;
   const T* bias;  // of row 0 or column 0; null: neither bias nor activation
   Activation activation;
-  bool accumulate;  // C += instead of C =
+  bool accumulate;         // C += instead of C =
+  Ahead<T> ahead[2] = {};  // brought to L2 meanwhile, so that memory and arithmetic overlap
 };
 
 // The panel that is read after that of columns `q` from depth `k` on; itself if it is the last one.
@@ -174,6 +181,7 @@ void multiply(const Product<typename V::T>& product) {
   const int64_t blocks_in_l2 =
       max_of(1, Tile::kRowsBytes / (depth_step * int64_t(sizeof(T)) * int64_t(Tile::kTileRows)));
 
+  Ahead<T> coming[2] = {product.ahead[0], product.ahead[1]};
   for (int64_t k = 0; k < product.depth; k += depth_step) {
     const int64_t depth = min_of(depth_step, product.depth - k);
     const bool last = product.bias != nullptr && k + depth == product.depth;
@@ -188,6 +196,12 @@ void multiply(const Product<typename V::T>& product) {
         for (int64_t b = group; b < group_end; ++b) {
           const Block block = block_at(product.row_count, blocks, b);
           epilogue.prefetch = b == group ? next : panel;
+          for (Ahead<T>& ahead : coming) {
+            if (b == group || ahead.next >= ahead.end) continue;
+            epilogue.prefetch = ahead.next;
+            ahead.next += depth * vectors * V::kLanes;
+            break;
+          }
           if (last) epilogue.bias = product.bias + (kBiasPerRow ? block.begin : q);
           kMicrokernels.table[vectors - 1][block.size - 1](
               depth, product.rows + block.begin * padded_depth + k * block.size, panel,

@@ -232,6 +232,15 @@ SeparableParams<typename V::T> with_input(const TrainingParams<typename V::T>& p
   return conv;
 }
 
+// The tile behind `tile` of a map of `channels` channels; nothing in NCHW, where it is in many places.
+template <bool kChannelsLast, typename T>
+Ahead<T> next_tile(const T* map, const SeparableParams<T>& conv, const Tile& tile, int64_t channels) {
+  if (!kChannelsLast || map == nullptr) return {nullptr, nullptr};
+  const int64_t pixels = conv.batch * conv.out_height * conv.out_width;
+  const int64_t begin = tile.image * conv.out_height * conv.out_width + tile.end;
+  return {map + begin * channels, map + min_of(pixels, begin + tile.end - tile.begin) * channels};
+}
+
 template <class V>
 void raw_depthwise(const SeparableParams<typename V::T>& conv, const Tile& tile, typename V::T* d) {
   if (conv.channels_last) {
@@ -305,6 +314,7 @@ void forward(const TrainingParams<typename V::T>& p, const Tile& tile, typename 
   product.depth = in_channels;
   product.c = out;
   product.c_stride = pitch;
+  product.ahead[0] = next_tile<kChannelsLast, T>(p.d, p.conv, tile, in_channels);
   multiply<V, !kChannelsLast>(product);
   if (sums == nullptr) return;
   tile_statistics<V, kChannelsLast>(out_channels, pixels, kStripVectors, round_up(out_channels, 16), sums,
