@@ -47,6 +47,11 @@ def has_saved_tensors_hooks() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+def storage_identity(tensor: torch.Tensor) -> int:
+    """Which storage ``tensor`` has, while that lives; of tensors without memory too, as tracing has them."""
+    return tensor.untyped_storage()._cdata
+
+
 def has_global_hooks() -> bool:
     """A hook registered for every module (``torch.nn.modules.module.register_module_forward_hook`` ...)."""
     return _module._has_any_global_hook()

@@ -20,10 +20,14 @@ _ATTRIBUTE = "_fusedsep_product"
 class Product:
     """The raw product that a map is made of. An attribute of the map, so that it lives no longer than that."""
 
-    def __init__(self, p: torch.Tensor, normalization: torch.Tensor, version: int) -> None:
+    def __init__(self, y: torch.Tensor, p: torch.Tensor, normalization: torch.Tensor) -> None:
         self.p: torch.Tensor | None = p
         self.normalization = normalization
-        self.version = version
+        self._state = _state(y)
+
+    def makes(self, x: torch.Tensor) -> bool:
+        """Whether ``x``, which carries this product, still is what was made of it."""
+        return self.p is not None and self._state == _state(x)
 
     def forget(self) -> None:
         """Free the product once the backward of its block has run, even if the map lives on."""
@@ -33,9 +37,14 @@ class Product:
         return type(None), ()  # maps that are saved to a file are saved without
 
 
+def _state(x: torch.Tensor) -> tuple[int, int]:
+    """Changes with what ``x`` holds, unless someone writes to it behind the back of autograd."""
+    return x._version, _compat.storage_identity(x)
+
+
 def remember(y: torch.Tensor, p: torch.Tensor, normalization: torch.Tensor) -> weakref.ref[Product]:
     """Attach to ``y`` what it is made of."""
-    product = Product(p, normalization, y._version)
+    product = Product(y, p, normalization)
     setattr(y, _ATTRIBUTE, product)
     return weakref.ref(product)
 
@@ -43,7 +52,7 @@ def remember(y: torch.Tensor, p: torch.Tensor, normalization: torch.Tensor) -> w
 def kept_for_backward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What to keep in the place of ``x``, and the normalization that makes ``x`` of it; ``None`` where it is ``x``."""
     product = getattr(x, _ATTRIBUTE, None)
-    if product is not None and product.p is not None and product.version == x._version:
+    if product is not None and product.makes(x):
         return product.p, product.normalization
     if _compat.has_saved_tensors_hooks():
         # torch.utils.checkpoint runs a part of the network again, where `x` may come without its attribute, and takes

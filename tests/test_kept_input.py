@@ -172,6 +172,12 @@ def changed_through_a_view(first, second, third, x):
     return third(second(y))
 
 
+def replaced(first, second, third, x):
+    y = first(x)
+    y.data = 1.5 * y.data
+    return third(second(y))
+
+
 def cut_off(first, second, third, x):
     return third(second(first(x).detach()))
 
@@ -216,6 +222,7 @@ BETWEEN = [
     two_blocks_read,
     changed_in_place,
     changed_through_a_view,
+    replaced,
     cut_off,
     cut_off_in_place,
     another_memory_format,
