@@ -47,9 +47,9 @@ def has_saved_tensors_hooks() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-def storage_identity(tensor: torch.Tensor) -> int:
-    """Which storage ``tensor`` has, while that lives; of tensors without memory too, as tracing has them."""
-    return tensor.untyped_storage()._cdata
+def lies_in(tensor: torch.Tensor, storage: torch.UntypedStorage) -> bool:
+    """Whether ``storage`` is that of ``tensor``; also of tensors without memory, as tracing has them."""
+    return tensor.untyped_storage()._cdata == storage._cdata
 
 
 def has_global_hooks() -> bool:

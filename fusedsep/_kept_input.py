@@ -23,11 +23,15 @@ class Product:
     def __init__(self, y: torch.Tensor, p: torch.Tensor, normalization: torch.Tensor) -> None:
         self.p: torch.Tensor | None = p
         self.normalization = normalization
-        self._state = _state(y)
+        self._version = y._version
+        self._storage = y.untyped_storage()
 
     def makes(self, x: torch.Tensor) -> bool:
-        """Whether ``x``, which carries this product, still is what was made of it."""
-        return self.p is not None and self._state == _state(x)
+        """Whether ``x``, which carries this product, still is what was made of it.
+
+        That someone writes to it behind the back of autograd (``x.data.mul_(2)``) is not seen.
+        """
+        return self.p is not None and x._version == self._version and _compat.lies_in(x, self._storage)
 
     def forget(self) -> None:
         """Free the product once the backward of its block has run, even if the map lives on."""
@@ -35,11 +39,6 @@ class Product:
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()  # maps that are saved to a file are saved without
-
-
-def _state(x: torch.Tensor) -> tuple[int, int]:
-    """Changes with what ``x`` holds, unless someone writes to it behind the back of autograd."""
-    return x._version, _compat.storage_identity(x)
 
 
 def remember(y: torch.Tensor, p: torch.Tensor, normalization: torch.Tensor) -> weakref.ref[Product]:

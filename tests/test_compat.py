@@ -81,6 +81,15 @@ def test_saved_tensors_hooks_are_noticed():
     assert not _compat.has_saved_tensors_hooks()
 
 
+def test_a_storage_is_known_again():
+    x = torch.ones(3)
+    storage = x.untyped_storage()
+    assert _compat.lies_in(x[1:], storage)
+    assert not _compat.lies_in(x.clone(), storage)
+    x.data = torch.ones(3)
+    assert not _compat.lies_in(x, storage)
+
+
 def test_below_autograd_no_graph_is_made_whatever_the_grad_mode():
     x = torch.ones(3, requires_grad=True)
     with _compat.below_autograd():
