@@ -59,10 +59,14 @@ def _steps(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
         "Median time of a step in each engine over that of the faster memory format of fused, whose milliseconds stand "
         "on the right."
     )
-    missing = dict.fromkeys(f"{engine}: {why}" for result in results for engine, why in result["left_out"].items())
+    missing, inexact = (
+        dict.fromkeys(f"{engine}: {why}" for result in results for engine, why in result[key].items())
+        for key in ("left_out", "inexact")
+    )
     return (
         ratios("Steps", description, rows, present)
         + "".join(paragraph(f"Not timed: {reason}") for reason in missing)
+        + "".join(paragraph(f"Timed all the same: {reason}") for reason in inexact)
         + folded("The numbers", table(["median ms", *present, "speedup", "of peak", "losses"], cells))
     )
 

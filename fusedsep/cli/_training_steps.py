@@ -36,6 +36,7 @@ ENGINES: dict[str, tuple[Callable[[nn.Module], nn.Module], torch.memory_format]]
     "fused channels_last": (fusedsep.fuse, torch.channels_last),
 }
 OURS = ("fused nchw", "fused channels_last")
+EAGER = ("eager nchw", "eager channels_last")
 
 
 class Trainee:
