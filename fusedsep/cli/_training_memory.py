@@ -48,7 +48,7 @@ def resident_peak(case: dict[str, Any], engine: str) -> int | None:
     """
     if not Path("/proc/self/clear_refs").exists():
         return None
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path)}
     command = [sys.executable, "-m", __name__, json.dumps({**case, "engine": engine})]
     try:
         done = subprocess.run(
@@ -59,6 +59,7 @@ def resident_peak(case: dict[str, Any], engine: str) -> int | None:
             timeout=_TIMEOUT,
             check=True,
             stdin=subprocess.DEVNULL,
+            cwd=Path(__file__).resolve().parents[2],  # -m looks there first: this package, and not a source tree
         )
         return int(done.stdout.split()[-1])
     except (subprocess.SubprocessError, OSError, ValueError, IndexError):
