@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 import torch.nn as nn
@@ -129,3 +131,31 @@ def test_the_model_is_left_as_it_was(function):
     function(model)
     assert [dict(vars(module)) for module in model.modules()] == attributes
     assert_same(state_of(model), state)
+
+
+class InPlace(nn.Module):
+    """Returns a map that its Python changes under another name."""
+
+    def __init__(self, operation):
+        super().__init__()
+        self.body, self.operation = chain(nn.ReLU()), operation
+
+    def forward(self, x):
+        y = self.body(x)
+        z = y * 3
+        before = z
+        z = self.operation(z, 2.0)
+        return y, before, z
+
+
+IN_PLACE = ["iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"]
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_augmented_assignments_change_what_they_name(name, kernel_calls):
+    model, fused = pair(InPlace(getattr(operator, name)))
+    x = random(2, 4, 8, 7)
+    with torch.no_grad():
+        for ours, expected in zip(fused.eval()(x), model.eval()(x), strict=True):
+            torch.testing.assert_close(ours, expected)
+    assert kernel_calls

@@ -170,7 +170,15 @@ def _match(form: Any, value: Any, found: list[Any]) -> bool:
 
 
 class TensorProxy(fx.Proxy):
-    """A symbolic value that is a tensor."""
+    """A symbolic value that is a tensor: ``x += y`` changes it, where :class:`fx.Proxy` makes ``x + y`` of that."""
+
+
+def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[TensorProxy, Any], fx.Proxy]:
+    return lambda proxy, other: proxy.tracer.create_proxy("call_function", function, (proxy, other), {})
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+    setattr(TensorProxy, f"__{_name}__", _in_place(getattr(operator, _name)))
 
 
 @contextlib.contextmanager
