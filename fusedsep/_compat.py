@@ -47,6 +47,11 @@ def has_saved_tensors_hooks() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+def current_backward() -> int:
+    """Which run of the autograd engine this thread is in; -1 outside."""
+    return torch._C._current_graph_task_id()
+
+
 def lies_in(tensor: torch.Tensor, storage: torch.UntypedStorage) -> bool:
     """Whether ``storage`` is that of ``tensor``; also of tensors without memory, as tracing has them."""
     return tensor.untyped_storage()._cdata == storage._cdata

@@ -118,6 +118,7 @@ class SeparableConvFunction(torch.autograd.Function):
         ctx.origin = None if kept is x else x.grad_fn  # the block that made the product
         ctx.save_for_backward(kept, x_normalization, p, *operands)
         ctx.product = _kept_input.remember(y, p, normalization)
+        ctx.unpacked = None
         return y, p, mean1, var1, mean2, var2, normalization
 
     @staticmethod
@@ -126,9 +127,12 @@ class SeparableConvFunction(torch.autograd.Function):
         without = (None,) * len(Settings._fields)
         if grad_y is None:
             return (None,) * _TENSORS + without
-        x, x_normalization, p, *operands = ctx.saved_tensors
         if torch.is_grad_enabled():  # a gradient of the gradient will be asked for
+            _, _, p, *operands = _saved_once(ctx)
             x, x_normalization = _differentiable_input(ctx), None
+            ctx.unpacked = None
+        else:
+            x, x_normalization, p, *operands = ctx.saved_tensors
         product = ctx.product()
         if product is not None:
             product.forget()
@@ -138,14 +142,25 @@ class SeparableConvFunction(torch.autograd.Function):
 
 def _differentiable_input(node: Any) -> torch.Tensor:
     """The input of a block, with its history; of ``node``, the block's :class:`SeparableConvFunction` in the graph."""
-    kept, normalization, _, *_ = node.saved_tensors
+    kept, normalization, *_ = _saved_once(node)
     if not _kept_input.is_product(normalization):
         return kept
     if node.origin is None:  # the history was cut off
         center, scale, shift, code = normalization.view(4, -1, 1, 1)
         return apply_activation(ACTIVATION_NAMES[int(code[0].item())], (kept - center) * scale + shift)
-    _, _, _, *operands = node.origin.saved_tensors
+    _, _, _, *operands = _saved_once(node.origin)
     return composite(_differentiable_input(node.origin), Operands(*operands), node.origin.settings)
+
+
+def _saved_once(node: Any) -> Sequence[torch.Tensor | None]:
+    """What ``node`` has saved, asked for once in a backward, since ``torch.utils.checkpoint`` hands it out once.
+
+    The blocks that read another block's output want it before that block itself does.
+    """
+    backward = _compat.current_backward()
+    if node.unpacked is None or node.unpacked[0] != backward:
+        node.unpacked = backward, node.saved_tensors
+    return node.unpacked[1]
 
 
 def gradients(

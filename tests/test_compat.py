@@ -81,6 +81,18 @@ def test_saved_tensors_hooks_are_noticed():
     assert not _compat.has_saved_tensors_hooks()
 
 
+def test_every_backward_has_a_number():
+    numbers = []
+    x = torch.ones(3, requires_grad=True)
+    y = (x * 1).sum()
+    x.register_hook(lambda _: numbers.append(_compat.current_backward()))
+    y.backward(retain_graph=True)
+    y.backward()
+    assert len(set(numbers)) == 2
+    assert _compat.current_backward() == -1
+    assert -1 not in numbers
+
+
 def test_a_storage_is_known_again():
     x = torch.ones(3)
     storage = x.untyped_storage()

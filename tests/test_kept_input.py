@@ -7,6 +7,7 @@ import copy
 import gc
 import io
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from training_pairs import assert_same, in_format, step
 from twins import random
 
-from fusedsep import DepthwiseSeparableBlock, _kept_input, _training, reference
+from fusedsep import DepthwiseSeparableBlock, _kept_input, _ops, reference
 
 FORMATS = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 #: in channels, out channels, stride, and what else a block is made with
@@ -58,10 +59,11 @@ def kept_maps(model, x):
     return maps, y
 
 
-@pytest.fixture
-def forgetful(monkeypatch):
-    """Keep every input itself."""
-    monkeypatch.setattr(_kept_input, "kept_for_backward", lambda x: (x, None))
+@contextmanager
+def every_input_kept():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_kept_input, "kept_for_backward", lambda x: (x, None))
+        yield
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
@@ -77,6 +79,8 @@ def test_products_and_the_first_input_are_all_that_is_kept(channels_last):
         outputs.append(block(outputs[-1]))
     assert sorted(t.nbytes for t in maps.values()) == sorted(t.nbytes for t in outputs)
     assert x.data_ptr() in maps
+    with every_input_kept():
+        assert len(kept_maps(blocks, x)[0]) == 2 * len(blocks)
 
 
 def test_compiled_networks_keep_no_more():
@@ -118,8 +122,7 @@ def test_the_same_bits_as_with_the_input_itself(isa, channels_last, dtype):
     for size in ((70, 66), (33, 40), (9, 11)):
         x = in_format(random(3, 5, *size, dtype=dtype), channels_last)
         ours = step(copy.deepcopy(blocks), x)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_kept_input, "kept_for_backward", lambda x: (x, None))
+        with every_input_kept():
             expected = step(copy.deepcopy(blocks), x)
         for actual, exact in zip(ours, expected, strict=True):
             assert torch.equal(actual, exact)
@@ -282,9 +285,20 @@ def test_second_numerical_derivatives_through_two_blocks():
     assert torch.autograd.gradgradcheck(function, inputs, nondet_tol=0)
 
 
-@pytest.mark.parametrize("between", [residual, two_blocks_read, cut_off_in_place, cut_off, same_block_twice])
+@pytest.mark.parametrize(
+    "between",
+    [
+        residual,
+        two_blocks_read,
+        cut_off_in_place,
+        cut_off,
+        same_block_twice,
+        *(checkpointed(False, where) for where in ("first", "second", "two", "last")),
+    ],
+    ids=lambda between: between.__name__,
+)
 def test_a_gradient_penalty(between):
-    """As of GANs: the gradient by the input takes part in the loss."""
+    """Gradients take part in the loss. Reentrant checkpoints refuse that, in torch too."""
     results = []
     for blocks in networks(layers=[(6, 6, 1, {"pointwise_activation": "hardswish", "activation": "hardswish"})] * 3):
         model = Readers(blocks, between)
@@ -296,18 +310,11 @@ def test_a_gradient_penalty(between):
     assert_same(*results)
 
 
-def test_a_block_that_only_reads_keeps_its_input(forgetful):
-    """The fixture of these tests does what it says."""
-    blocks, _ = networks()
-    maps, _ = kept_maps(blocks, random(2, 5, 40, 37))
-    assert len(maps) == 2 * len(LAYERS)
-
-
 def test_the_operator_refuses_another_normalization():
     x, grad_y = random(2, 3, 5, 5), random(2, 4, 5, 5)
     operands = [random(3, 1, 3, 3), *[None] * 5, random(4, 3, 1, 1), *[None] * 5]
     rest = (*operands, 0, 0.0, 0, 0.0, 1, 1, 1, 1, 1, 1, 0, 0, False, 1)
-    backward = _training._ops.separable_conv2d_training_backward
+    backward = _ops.separable_conv2d_training_backward
     for wrong in (random(4, 4), random(3, 3), torch.zeros(4, 3), torch.zeros(3, 4).double().t()):
         with pytest.raises(RuntimeError, match=r"x_normalization must be .* \[4, 3\] and the dtype of x"):
             backward(grad_y, x, wrong, grad_y, *rest)
