@@ -10,10 +10,6 @@ import torch
 
 from fusedsep import _C
 from fusedsep.cli import _limits, _output, _peers
-from fusedsep.cli._measure import time_interleaved
-
-_SIZE = 1024
-_REPEATS = 20
 
 
 def machine() -> dict[str, Any]:
@@ -40,6 +36,4 @@ def sgemm_gflops() -> float:
 
     At the threads of the first call. It stands for the processor's limit, and is not it: a block may come out above.
     """
-    a, b = torch.randn(_SIZE, _SIZE), torch.randn(_SIZE, _SIZE)
-    times = time_interleaved({"mm": lambda: torch.mm(a, b)}, _REPEATS)["mm"]
-    return 2e-6 * _SIZE**3 / min(times.samples)
+    return _limits.mm_gflops()

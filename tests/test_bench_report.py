@@ -33,7 +33,7 @@ LIMITS = _limits.Limits(
 @pytest.fixture(autouse=True)
 def known_limits(monkeypatch):
     monkeypatch.setattr(
-        "fusedsep.cli.bench.measure_limits", lambda: dataclasses.replace(LIMITS, threads=torch.get_num_threads())
+        "fusedsep.cli._cases.measure_limits", lambda: dataclasses.replace(LIMITS, threads=torch.get_num_threads())
     )
 
 

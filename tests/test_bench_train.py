@@ -15,6 +15,7 @@ import torch.nn as nn
 import fusedsep
 from fusedsep import reference
 from fusedsep.cli import _limits, _passes, _training_memory, _training_page, _training_steps, main
+from fusedsep.cli._cases import Case
 from fusedsep.cli._training_steps import Trainee, compare_losses, first_losses, make_subject
 
 LIMITS = _limits.Limits(1, "portable", 100.0, 80.0, (_limits.Level("memory", math.inf, 20.0),))
@@ -24,7 +25,7 @@ SMALL = "--width", "0.25", "--resolution", "64", "--threads", "1", "--repeats", 
 @pytest.fixture(autouse=True)
 def known_limits(monkeypatch):
     monkeypatch.setattr(
-        "fusedsep.cli._training_bench.measure_limits",
+        "fusedsep.cli._cases.measure_limits",
         lambda: dataclasses.replace(LIMITS, threads=torch.get_num_threads()),
     )
 
@@ -130,7 +131,7 @@ def test_other_engines_that_fail_or_differ_are_named(tmp_path, monkeypatch, caps
 
 
 def test_compile_trains_the_same_network():
-    _, network, images, labels = make_subject(None, 0.25, 64, 4)
+    _, network, images, labels = make_subject(Case(None, 1, 4, 0.25, 64))
     network = nn.Sequential(network.first_conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
     labels = labels % 3
     torchs = first_losses(Trainee(network, images, labels, "eager channels_last"))
@@ -206,21 +207,20 @@ def test_the_resident_peak_is_what_a_step_takes(tmp_path, monkeypatch):
     )
     (tmp_path / "sizes.py").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
-    case = {"width": 1.0, "resolution": 16, "batch": 5, "threads": 1}  # maps of 5 * 192 * 128 * 128 floats: 60 MiB
-    few, many = (
-        _training_memory.resident_peak({**case, "model": f"sizes:{name}"}, "eager nchw") for name in ("few", "many")
+    few, many = (  # maps of 5 * 192 * 128 * 128 floats: 60 MiB
+        _training_memory.resident_peak(Case(f"sizes:{name}", 1, 5, 1.0, 16), "eager nchw") for name in ("few", "many")
     )
     assert (many - few) / (4 * 5 * 192 * 128 * 128 * 4) == pytest.approx(1.0, abs=0.15)
 
 
 def test_no_peak_where_the_process_fails():
-    case = {"model": "no_such_module:f", "width": 1.0, "resolution": 8, "batch": 1, "threads": 1}
-    assert _training_memory.resident_peak(case, "eager nchw") is None
+    assert _training_memory.resident_peak(Case("no_such_module:f", 1, 1, 1.0, 8), "eager nchw") is None
 
 
 def test_no_peak_where_the_system_does_not_tell(monkeypatch):
     monkeypatch.setattr(_training_memory.Path, "exists", lambda path: False)
-    assert _training_memory.resident_peak({}, "eager nchw") is None
+    monkeypatch.setattr(_training_memory.subprocess, "run", lambda *_, **__: pytest.fail("asked all the same"))
+    assert _training_memory.resident_peak(Case(None, 1, 1, 0.25, 32), "eager nchw") is None
 
 
 # --------------------------------------------------------------------------------------------------------------- passes

@@ -191,9 +191,11 @@ class KeptInput {
   KeptInput(const Tensor& map, const Vector& normalization, const Call& call, bool wants_channels_last)
       : map_(map), normalized_(is_normalized(normalization, call.in_channels)) {
     const std::array<int64_t, 4> sizes = call.in_sizes();
-    if (is_dense(map, sizes, !wants_channels_last))
-      map_ = Incoming<T>(map, sizes, !wants_channels_last, wants_channels_last).map();
-    map_ = dense(map_, sizes, wants_channels_last);
+    if (!is_dense(map, sizes, wants_channels_last)) {
+      map_ = is_dense(map, sizes, !wants_channels_last)
+                 ? Incoming<T>(map, sizes, !wants_channels_last, wants_channels_last).map()
+                 : dense(map, sizes, wants_channels_last);
+    }
     if (!normalized_) return;
     const T* rows = normalization->const_data_ptr<T>();
     activation_ = Activation(int64_t(rows[3 * call.in_channels]));

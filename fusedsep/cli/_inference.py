@@ -15,6 +15,7 @@ import fusedsep
 from .. import reference
 from ..mobilenet import FIRST_CHANNELS, STAGES, scaled_channels
 from ._arguments import CommandError, describe, make_model
+from ._cases import Case, images_for
 from ._limits import Limits
 from ._measure import compare, pause_between_engines, time_interleaved
 from ._parts import measure_parts
@@ -22,16 +23,6 @@ from ._peers import Unavailable, make_call
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 _OURS = ("fused", "frozen")
-
-
-class Case(NamedTuple):
-    """One combination of what the command line lists. ``model`` is ``None`` for MobileNetV1."""
-
-    model: str | None
-    threads: int
-    batch: int
-    width: float
-    resolution: int
 
 
 class Subject(NamedTuple):
@@ -46,10 +37,7 @@ class Subject(NamedTuple):
 def subjects_of(case: Case, with_blocks: bool) -> list[Subject]:
     """The network, last, and before it the distinct blocks of MobileNetV1 if they are wanted."""
     name, network = make_model(case.model, case.width, case.resolution)
-    first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
-    channels = 3 if first is None else first.in_channels
-    images = torch.randn(case.batch, channels, case.resolution, case.resolution)
-    return [*(_blocks(case) if with_blocks else ()), Subject(name, case, network, images)]
+    return [*(_blocks(case) if with_blocks else ()), Subject(name, case, network, images_for(network, case))]
 
 
 def _blocks(case: Case) -> list[Subject]:

@@ -79,7 +79,7 @@ def measure_limits() -> Limits:
         threads,
         isa,
         fma_gflops(threads, isa),
-        _mm_gflops(),
+        mm_gflops(),
         (
             Level("L2", threads * l2, threads * _copy_gbs(l2 // 2)),
             Level("L3", l3, _torch_copy_gbs(max(l3 // 4, 2 * threads * l2))),
@@ -110,7 +110,8 @@ def fma_gflops(threads: int, isa: str) -> float:
         return 1e-6 * threads * rounds * flop_of_one_round / _fastest(on_all_threads)
 
 
-def _mm_gflops() -> float:
+def mm_gflops() -> float:
+    """GFLOP/s of ``torch.mm`` on float32 matrices of 1024 x 1024, at torch's threads."""
     a, b = torch.randn(_MATRIX, _MATRIX), torch.randn(_MATRIX, _MATRIX)
     return 2e-6 * _MATRIX**3 / _fastest(lambda: torch.mm(a, b))
 

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import argparse
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +12,13 @@ import torch.nn as nn
 
 import fusedsep
 
-from . import _training_page
 from ._arguments import CommandError, describe
-from ._limits import Limits, measure_limits
-from ._output import machine, machine_line, print_table, progress, write_json, write_text
+from ._cases import Case, Cases
+from ._limits import Limits
+from ._output import print_table
 from ._passes import measure_passes
 from ._training_memory import resident_peak
+from ._training_page import render
 from ._training_steps import (
     EAGER,
     ENGINES,
@@ -31,73 +31,55 @@ from ._training_steps import (
     time_steps,
 )
 
+__all__ = ["measure_all", "print_legend", "print_results", "render"]
+
 _PASS_REPEATS = 5
 
 
-def run(arguments: argparse.Namespace) -> int:
-    document = _measure_all(arguments)
-    for known in document["limits"]:
-        print(f"\n{machine_line({**document['machine'], 'threads': known['threads']})}\n{known['text']}")
-        results = [result for result in document["results"] if result["threads"] == known["threads"]]
-        _print_steps(results)
-        for result in results:
-            _print_passes(result)
-    _print_legend(document)
-    if arguments.json is not None:
-        write_json(arguments.json, document)
-    if arguments.html is not None:
-        write_text(arguments.html, _training_page.render(document))
-    return 0 if all(result["ok"] for result in document["results"]) else 1
-
-
-def _measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
-    threads = arguments.threads or (torch.get_num_threads(),)
-    widths = arguments.width if arguments.model is None else arguments.width[:1]
-    cases = list(itertools.product(threads, arguments.batch, widths, arguments.resolution))
+def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All that is written to the JSON."""
+    cases = Cases(arguments)
     engines = [engine for engine in ENGINES if engine != "compile" or "compile" in arguments.peers]
     results = []
-    limits: dict[int, Limits] = {}
-    with progress(len(cases) * (2 + len(engines)) + len(threads)) as begin:
-        for n_threads, batch, width, resolution in cases:
-            torch.set_num_threads(n_threads)
-            if n_threads not in limits:
-                begin("the limits of this machine")
-                limits[n_threads] = measure_limits()
-            case = {"model": arguments.model, "width": width, "resolution": resolution, "batch": batch}
-            try:
-                name, network, images, labels = make_subject(**case)
-            except Exception as error:
-                if arguments.model is None or isinstance(error, CommandError):
-                    raise
-                raise CommandError(
-                    f"--model: {arguments.model} does not train on {resolution}x{resolution} images: {describe(error)}"
-                ) from error
-            begin(f"steps of {name}, batch {batch}")
-            result = {"name": name, "threads": n_threads, **case}
-            result |= _measure_steps(network, images, labels, engines, arguments.repeats)
-            result["resident_bytes"] = {}
-            for engine in result["times"]:
-                begin(f"memory of {engine}, {name}, batch {batch}")
-                result["resident_bytes"][engine] = resident_peak({**case, "threads": n_threads}, engine)
-            begin(f"passes of {name}, batch {batch}")
-            result["blocks"] = measure_passes(network.train(), images, _PASS_REPEATS, limits[n_threads])
-            gflop = 3 * 2e-9 * fusedsep.complexity(network, tuple(images.shape)).mult_adds
-            fastest = min(result["times"][engine]["step"]["median_ms"] for engine in OURS)
-            result["share_of_peak"] = 1e3 * gflop / fastest / limits[n_threads].fma_gflops
-            results.append(result)
-    return {
-        "subject": "training",
-        "machine": {**machine(), "threads": list(threads)},
-        "limits": [{**known.as_json(), "text": str(known)} for known in limits.values()],
-        "settings": {
-            "model": arguments.model,
-            "width": list(widths),
-            "resolution": list(arguments.resolution),
-            "batch": list(arguments.batch),
-            "repeats": arguments.repeats,
-        },
-        "results": results,
-    }
+
+    def measure_case(case: Case, limits: Limits, begin: Callable[[str], None]) -> None:
+        results.append(_measure(case, engines, arguments.repeats, limits, begin))
+
+    cases.measure(2 + len(engines), measure_case)
+    return cases.document("training", facts={}, settings={}, results=results)
+
+
+def _measure(
+    case: Case, engines: Sequence[str], repeats: int, limits: Limits, begin: Callable[[str], None]
+) -> dict[str, Any]:
+    try:
+        name, network, images, labels = make_subject(case)
+    except Exception as error:
+        if case.model is None or isinstance(error, CommandError):
+            raise
+        raise CommandError(
+            f"--model: {case.model} does not train on {case.resolution}x{case.resolution} images: {describe(error)}"
+        ) from error
+    title = f"{name}, batch {case.batch}"
+    begin(f"steps of {title}")
+    result = {"name": name, **case._asdict(), **_measure_steps(network, images, labels, engines, repeats)}
+    result["resident_bytes"] = {}
+    for engine in result["times"]:
+        begin(f"memory of {engine}, {title}")
+        result["resident_bytes"][engine] = resident_peak(case, engine)
+    begin(f"passes of {title}")
+    result["blocks"] = measure_passes(network.train(), images, _PASS_REPEATS, limits)
+    gflop = 3 * 2e-9 * fusedsep.complexity(network, tuple(images.shape)).mult_adds
+    fastest = min(result["times"][engine]["step"]["median_ms"] for engine in OURS)
+    result["share_of_peak"] = 1e3 * gflop / fastest / limits.fma_gflops
+    return result
+
+
+def print_results(document: dict[str, Any], threads: int) -> None:
+    results = [result for result in document["results"] if result["threads"] == threads]
+    _print_steps(results)
+    for result in results:
+        _print_passes(result)
 
 
 def _measure_steps(
@@ -188,7 +170,7 @@ def _print_passes(result: dict[str, Any]) -> None:
         )
 
 
-def _print_legend(document: dict[str, Any]) -> None:
+def print_legend(document: dict[str, Any]) -> None:
     print(
         "step: forward with loss, backward, SGD with momentum; losses of the first steps were checked against float64"
     )

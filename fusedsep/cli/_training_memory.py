@@ -9,9 +9,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from ._cases import Case
 
 _STEPS = 3  # the first one also allocates gradients and momentum
 _TIMEOUT = 600  # seconds
@@ -37,19 +38,15 @@ def saved_bytes(forward: Callable[[], object], known: Iterable[torch.Tensor]) ->
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def resident_peak(case: dict[str, Any], engine: str) -> int | None:
+def resident_peak(case: Case, engine: str) -> int | None:
     """Bytes by which the resident set of a fresh process grows at most while it trains for three steps.
 
     ``None`` where the operating system does not tell (only Linux does) or the process fails.
-
-    Args:
-        case: what ``_training_steps.make_trainee`` takes, and ``threads``.
-        engine: as there.
     """
     if not Path("/proc/self/clear_refs").exists():
         return None
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path)}
-    command = [sys.executable, "-m", __name__, json.dumps({**case, "engine": engine})]
+    command = [sys.executable, "-m", __name__, json.dumps([*case, engine])]
     try:
         done = subprocess.run(
             command,
@@ -68,11 +65,13 @@ def resident_peak(case: dict[str, Any], engine: str) -> int | None:
 
 def _main(specification: str) -> None:
     """In the child: print the growth."""
-    from ._training_steps import make_trainee
+    from ._training_steps import Trainee, make_subject  # imports this module
 
-    case = json.loads(specification)
-    torch.set_num_threads(case.pop("threads"))
-    trainee = make_trainee(**case)
+    *values, engine = json.loads(specification)
+    case = Case(*values)
+    torch.set_num_threads(case.threads)
+    _, network, images, labels = make_subject(case)
+    trainee = Trainee(network, images, labels, engine)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident now
     before = _status("VmRSS")
     for _ in range(_STEPS):

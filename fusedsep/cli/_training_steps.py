@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import fusedsep
 
 from ._arguments import make_model
+from ._cases import Case, images_for
 from ._measure import Accuracy, Times
 from ._training_memory import saved_bytes
 
@@ -84,22 +85,14 @@ class Trainee:
         return saved_bytes(self.loss, [*self.module.parameters(), *self.module.buffers()])
 
 
-def make_subject(
-    model: str | None, width: float, resolution: int, batch: int
-) -> tuple[str, nn.Module, torch.Tensor, torch.Tensor | None]:
+def make_subject(case: Case) -> tuple[str, nn.Module, torch.Tensor, torch.Tensor | None]:
     """Name, unfused network, images and labels: the same numbers in every process."""
     torch.manual_seed(0)
-    name, network = make_model(model, width, resolution)
-    first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
-    images = torch.randn(batch, 3 if first is None else first.in_channels, resolution, resolution)
+    name, network = make_model(case.model, case.width, case.resolution)
+    images = images_for(network, case)
     with torch.no_grad():
         output = copy.deepcopy(network).train()(images)
-    return name, network, images, torch.randint(output.shape[1], (batch,)) if output.dim() == 2 else None
-
-
-def make_trainee(model: str | None, width: float, resolution: int, batch: int, engine: str) -> Trainee:
-    _, network, images, labels = make_subject(model, width, resolution, batch)
-    return Trainee(network, images, labels, engine)
+    return name, network, images, torch.randint(output.shape[1], (case.batch,)) if output.dim() == 2 else None
 
 
 def first_losses(trainee: Trainee) -> torch.Tensor:
