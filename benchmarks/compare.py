@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         facts = machine.machine()
     except ValueError as error:  # no such ISA here
         sys.exit(f"compare.py: {error}")
-    print(machine_line(facts))
+    print(machine_line(facts, with_peers=True))
     plan = PLANS[arguments.subject]
     repeats, batch = arguments.repeats or plan.repeats, arguments.batch or plan.batch
     results, makers, begin = [], plan.subjects(batch), time.monotonic()

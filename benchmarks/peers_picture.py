@@ -38,7 +38,7 @@ def draw(documents: list[dict[str, Any]], path: Path) -> None:
         left = 0.3 / _WIDTH
         title = f"{first['results'][0]['network']}: other engines beside fusedsep.freeze"
         figure.text(left, 1 - 0.25 / height, title, va="top", fontsize=14, weight="bold", color=_TEXT)
-        subtitle = machine_line({**first["machine"], "peers": {}}).replace(", 1 thread", "")
+        subtitle = machine_line(first["machine"]).replace(", 1 thread", "")
         figure.text(left, 1 - 0.58 / height, subtitle, va="top", fontsize=9.5, color=_MUTED)
         for index, document in enumerate(documents):
             place = (_LEFT + index * (panel + _GAP)) / _WIDTH, _FOOTER / height, panel / _WIDTH

@@ -95,7 +95,7 @@ def _render_peers(document: dict[str, Any]) -> str:
     versions = machine["peers"]
     header = ["", *(f"{PEER_LABELS[engine]} {versions.get(engine, '')}".strip() for engine in engines)]
     header += ["fastest other / frozen", "of peak"]
-    lines = [f"**{results[0]['network']}** on {machine_line({**machine, 'peers': {}})}.", ""]
+    lines = [f"**{results[0]['network']}** on {machine_line(machine)}.", ""]
     lines += [_row(header), _row(["---", *["---:"] * (len(header) - 1)])]
     for result in results:
         share = result["gflop"] / best_ms(result, "frozen") * 1e3 / machine["fma_gflops"]
@@ -119,7 +119,7 @@ def _render_parts(document: dict[str, Any]) -> str:
     lines = []
     for index, network in enumerate(document["parts"]):
         known = limits[network["threads"]]
-        facts = machine_line({**document["machine"], "threads": network["threads"], "peers": {}})
+        facts = machine_line({**document["machine"], "threads": network["threads"]})
         name = f"{network['name']}, batch {network['batch']}"
         lines += [f"<details><summary>{name}</summary>", ""] if index else []
         lines += [f"**{name}** on {facts}: {known['text']}.", ""]

@@ -39,7 +39,7 @@ def render(document: Mapping[str, Any]) -> str:
         content = _roofline(network, limits[network["threads"]]) + _kinds(network)
         sections.append(folded(name, content, is_open=index == 0))
     lead = [
-        f"{machine_line({**document['machine'], 'threads': known['threads']})}: {known['text']}."
+        f"{machine_line({**document['machine'], 'threads': known['threads']}, with_peers=True)}: {known['text']}."
         for known in document["limits"]
     ]
     settings = document["settings"]

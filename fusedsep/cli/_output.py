@@ -83,10 +83,12 @@ def machine() -> dict[str, Any]:
     }
 
 
-def machine_line(facts: Mapping[str, Any]) -> str:
-    """One line of what :func:`machine` returned, with the versions of ``facts["peers"]`` where there are any."""
+def machine_line(facts: Mapping[str, Any], *, with_peers: bool = False) -> str:
+    """One line of what :func:`machine` returned; ``with_peers`` also the versions in ``facts["peers"]``, if any."""
     threads = "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
-    versions = {"torch": facts["torch"], "fusedsep": facts["fusedsep"], **facts.get("peers", {})}
+    versions = {"torch": facts["torch"], "fusedsep": facts["fusedsep"]}
+    if with_peers:
+        versions |= facts.get("peers", {})
     return ", ".join(
         [facts["cpu"], facts["isa"], threads, *(f"{name} {version}" for name, version in versions.items())]
     )

@@ -49,7 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.batch = arguments.batch or (usual_batch,)
     document = bench.measure_all(arguments)
     for known in document["limits"]:
-        print(f"\n{machine_line({**document['machine'], 'threads': known['threads']})}\n{known['text']}")
+        facts = {**document["machine"], "threads": known["threads"]}
+        print(f"\n{machine_line(facts, with_peers=True)}\n{known['text']}")
         bench.print_results(document, known["threads"])
     bench.print_legend(document)
     if arguments.json is not None:
