@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
@@ -66,13 +67,18 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(autouse=True)
 def _restore_process_state():
-    """Threads, ISA and determinism are settings of the whole process: no test leaves them changed."""
+    """Threads, ISA, determinism and the search path belong to the whole process: no test leaves them changed.
+
+    ``--model`` puts the working directory first in the path, where processes that a later test starts would look too.
+    """
+    path = list(sys.path)
     threads, isa = torch.get_num_threads(), _C.active_isa()
     deterministic = torch.are_deterministic_algorithms_enabled()
     yield
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
     _C.use_isa(isa)
+    sys.path[:] = path
 
 
 @pytest.fixture(params=COMPILED_ISAS)
