@@ -44,12 +44,20 @@ enum class Rows : int32_t {
   kMeans = 3,
 };
 
+// Weights and values a channel of maps of T: of the same type, except for the 16-bit types of csrc/cuda/element.h.
+template <typename T>
+struct WeightOf {
+  using type = T;
+};
+template <typename T>
+using Weight = typename WeightOf<T>::type;
+
 // One call: a batch of maps through one depthwise-separable convolution.
 template <typename T>
 struct SeparableParams {
-  const T* x;       // batch maps of in_channels x height x width
-  T* y;             // batch maps of out_channels x out_height x out_width
-  const T* packed;  // what `pack` wrote for the same ISA, channels and memory format
+  const T* x;               // batch maps of in_channels x height x width
+  T* y;                     // batch maps of out_channels x out_height x out_width
+  const Weight<T>* packed;  // what `pack` wrote for the same ISA, channels and memory format
   int64_t batch;
   int64_t in_channels, height, width;
   int64_t out_channels, out_height, out_width;

@@ -57,8 +57,8 @@ struct TrainingParams {
   Affine<T> x_affine;
   Activation x_activation;
   Activation activation, pointwise_activation;
-  Affine<T> affine1, affine2;
-  Correction<T> correction1, correction2;
+  Affine<Weight<T>> affine1, affine2;
+  Correction<Weight<T>> correction1, correction2;
   T* y;             // batch maps of out_channels
   const T* grad_y;  // the same
   T* g1;            // batch maps of in_channels x out_height x out_width

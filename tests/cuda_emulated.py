@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The CUDA kernels' own source, compiled for the host and run there (tests/cuda_host), on NumPy arrays."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from cases import ACTIVATION_CODES, Case, Operands
+
+ROOT = Path(__file__).resolve().parent.parent
+HOST = ROOT / "tests" / "cuda_host"
+
+#: Name of an element type -> its number in tests/cuda_host/kernels.cpp, and bits of its significand.
+TYPES = {"float32": (0, 24), "float16": (1, 11), "bfloat16": (2, 8)}
+#: Shapes of csrc/cuda/tiles.h.
+SHAPES = (0, 1, 2)
+
+
+def compile_for_host(source: str, output: Path, *flags: str) -> None:
+    """``source`` of tests/cuda_host with the emulation."""
+    command = [
+        *shlex.split(os.environ.get("CXX", "c++")),
+        *("-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+        *flags,
+        *(f"-I{folder}" for folder in (ROOT / "csrc" / "cuda", HOST)),
+        *(str(HOST / source), "-o", str(output)),
+    ]
+    subprocess.run(command, check=True, timeout=600)
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Compiled once in a process; under the sanitizers that ``FUSEDSEP_SANITIZE`` names, as the extension is."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernels.so"
+        sanitizers = os.environ.get("FUSEDSEP_SANITIZE")
+        flags = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"] if sanitizers else ["-O2"]
+        compile_for_host("kernels.cpp", path, "-shared", "-fPIC", *flags)
+        loaded = ctypes.CDLL(str(path))
+    loaded.packed_size.restype = ctypes.c_int64
+    loaded.error_message.restype = ctypes.c_char_p
+    return loaded
+
+
+def _address(array: np.ndarray | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if array is None else array.ctypes.data)
+
+
+def _call(name: str, *arguments: object) -> None:
+    def as_c(argument: object) -> object:
+        if argument is None or isinstance(argument, np.ndarray):
+            return _address(argument)
+        return ctypes.c_int64(argument) if name == "pack" else argument
+
+    kernels = library()
+    type_number, *others = arguments
+    if getattr(kernels, name)(type_number, *map(as_c, others)) != 0:
+        raise RuntimeError(kernels.error_message().decode())
+
+
+def bits_of(array: np.ndarray, type_name: str) -> np.ndarray:
+    """Numbers as elements of the type, rounded."""
+    array = np.ascontiguousarray(array, np.float32)
+    if type_name == "float32":
+        return array
+    if type_name == "float16":
+        return array.astype(np.float16)
+    bits = array.view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def numbers_of(bits: np.ndarray, type_name: str) -> np.ndarray:
+    """The inverse, as float32."""
+    if type_name == "bfloat16":
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    return bits.astype(np.float32)
+
+
+def rounded(operands: Operands, type_name: str) -> Operands:
+    """With maps and weights of the type, as numbers."""
+
+    def of_type(array: np.ndarray) -> np.ndarray:
+        return numbers_of(bits_of(array, type_name), type_name)
+
+    return operands._replace(
+        x=of_type(operands.x), dw_weight=of_type(operands.dw_weight), pw_weight=of_type(operands.pw_weight)
+    )
+
+
+def separable_conv2d(
+    case: Case,
+    operands: Operands,
+    channels_last: bool,
+    type_name: str = "float32",
+    shape: int = -1,
+    thread_order: int = 0,
+    scales: tuple[np.ndarray, np.ndarray] | None = None,
+    place=np.copy,
+) -> np.ndarray:
+    """``pack`` and ``separable_forward``: (N, O, Ho, Wo) as float32.
+
+    Args:
+        scales: of the depthwise and of the pointwise result, float64, in front of the biases.
+        place: where every operand and result is put: a copy of the given array.
+    """
+    number = TYPES[type_name][0]
+    order = (0, 2, 3, 1) if channels_last else (0, 1, 2, 3)
+    x, dw_weight, pw_weight = (
+        place(bits_of(array, type_name))
+        for array in (operands.x.transpose(order), operands.dw_weight, operands.pw_weight)
+    )
+    n, c, o = case.batch, case.in_channels, case.out_channels
+    kernels = library()
+    packed = place(np.full(kernels.packed_size(ctypes.c_int64(c), ctypes.c_int64(o)), np.nan, np.float32))
+    kernels.set_thread_order(thread_order)
+    dw_scale, pw_scale = (None, None) if scales is None else map(place, scales)
+    _call("pack", number, dw_weight, dw_scale, operands.dw_bias, pw_weight, pw_scale, operands.pw_bias, c, o, packed)
+    _, _, out_height, out_width = case.out_shape
+    left, _, top, _ = case.pads
+    sizes = (n, c, case.height, case.width, o, out_height, out_width, case.stride, case.dilation, top, left)
+    shape_in_memory = tuple(case.out_shape[i] for i in order)
+    y = place(bits_of(np.full(shape_in_memory, np.nan, np.float32), type_name))
+    _call(
+        "separable_forward",
+        number,
+        x,
+        y,
+        packed,
+        np.array(sizes, np.int64),
+        channels_last,
+        ACTIVATION_CODES[case.activation],
+        ACTIVATION_CODES[case.pointwise_activation],
+        shape,
+    )
+    y = numbers_of(y, type_name)
+    return y.transpose(0, 3, 1, 2) if channels_last else y

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The CUDA kernels' own source under emulation on the host, over the cases of the CPU kernels.
+
+What this cannot show is what the emulation does not model: nvcc's code, warps, the order of memory accesses, speed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+
+import cases
+import cuda_emulated
+import numpy as np
+import pytest
+import tolerance
+from cases import ACTIVATION_CODES, Case
+from cuda_emulated import SHAPES, TYPES, compile_for_host, library, rounded, separable_conv2d
+
+FORMATS = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+#: Partial tiles of pixels and of channels in every shape; several images in a tile; vectors that do not fit.
+TILED = [
+    Case(20, 150, 13, 11, batch=2),
+    Case(33, 66, 12, 12, batch=3, pointwise_activation="hardswish"),
+    Case(16, 32, 31, 9, 2, (0, 1, 0, 1), activation="relu6"),
+    Case(5, 3, 2, 2, batch=40),
+]
+
+
+def within_bound(y, case, operands, type_name, expected):
+    """Sums are float32 in every type; the result is rounded once more."""
+    assert y.shape == expected.shape
+    rounding = 2.0 ** -TYPES[type_name][1] * np.abs(expected) if type_name != "float32" else 0.0
+    smallest = 2.0**-25 if type_name == "float16" else 0.0  # half of the smallest subnormal number
+    excess = np.abs(y - expected) - 1.01 * (tolerance.bound(case, operands, np.float32) + rounding) - smallest
+    assert np.all(excess <= 0), f"{case}: error exceeds its bound by {np.max(excess):.3g}"
+
+
+@FORMATS
+@pytest.mark.parametrize("case", cases.ALL, ids=str)
+def test_error_is_within_its_bound(case, channels_last):
+    operands = cases.operands(case)
+    y = separable_conv2d(case, operands, channels_last)
+    tolerance.assert_within_bound(y, case, operands, np.float32, cases.reference(case, operands))
+
+
+@FORMATS
+@pytest.mark.parametrize("type_name", ["float16", "bfloat16"])
+@pytest.mark.parametrize("case", [*cases.CHANNELS, *cases.PADDINGS, *cases.ACTIVATIONS, *TILED], ids=str)
+def test_16_bit_types(case, type_name, channels_last):
+    operands = rounded(cases.operands(case), type_name)
+    y = separable_conv2d(case, operands, channels_last, type_name)
+    within_bound(y, case, operands, type_name, cases.reference(case, operands))
+
+
+@FORMATS
+@pytest.mark.parametrize("type_name", TYPES)
+@pytest.mark.parametrize("case", TILED, ids=str)
+def test_same_bits_in_every_shape_and_order_of_threads(case, type_name, channels_last):
+    operands = rounded(cases.operands(case), type_name)
+    expected = separable_conv2d(case, operands, channels_last, type_name)
+    within_bound(expected, case, operands, type_name, cases.reference(case, operands))
+    for shape in SHAPES:
+        for thread_order in (0, 1, 7):
+            y = separable_conv2d(case, operands, channels_last, type_name, shape, thread_order)
+            assert y.tobytes() == expected.tobytes(), f"{shape=} {thread_order=}"
+
+
+@FORMATS
+def test_an_image_does_not_depend_on_the_rest_of_its_batch(channels_last):
+    case = Case(in_channels=17, out_channels=33, height=7, width=7, batch=5)
+    operands = cases.operands(case)
+    operands.x[3] = np.nan
+    together = separable_conv2d(case, operands, channels_last)
+    for image in (0, 1, 2, 4):
+        alone = operands._replace(x=operands.x[image : image + 1])
+        y = separable_conv2d(case._replace(batch=1), alone, channels_last)
+        assert y.tobytes() == together[image : image + 1].tobytes()
+
+
+@FORMATS
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATION_CODES)
+def test_nan_and_infinity_reach_what_they_reach_in_float64(channels_last, bad, activation):
+    case = Case(17, 9, 7, 9, activation=activation, pointwise_activation=activation)
+    for row, column in ((0, 0), (3, 4), (6, 8)):
+        operands = cases.operands(case)
+        operands.x[0, 8, row, column] = bad
+        expected, y = cases.reference(case, operands), separable_conv2d(case, operands, channels_last)
+        for kind in (np.isnan, np.isposinf, np.isneginf):
+            assert np.array_equal(kind(y), kind(expected))
+
+
+@FORMATS
+@pytest.mark.parametrize("type_name", TYPES)
+def test_any_offset_in_memory(type_name, channels_last):
+    """Maps at addresses that are a multiple of nothing but their element size."""
+    case = Case(16, 32, 8, 8)
+    operands = rounded(cases.operands(case), type_name)
+    expected = separable_conv2d(case, operands, channels_last, type_name)
+    for offset in (1, 2, 3):
+
+        def moved(array, offset=offset):
+            if array.dtype == np.float32 and array.ndim == 1:  # packed weights are the package's own
+                return array.copy()
+            buffer = np.empty(array.size + offset, array.dtype)
+            buffer[offset:] = array.ravel()
+            return buffer[offset:].reshape(array.shape)
+
+        y = separable_conv2d(case, operands, channels_last, type_name, place=moved)
+        assert y.tobytes() == expected.tobytes()
+
+
+def test_scales_of_batch_norm():
+    case = Case(10, 11)
+    operands = cases.operands(case)
+    random = np.random.default_rng(1)
+    scales = random.standard_normal(10), random.standard_normal(11)
+    folded = operands._replace(
+        dw_weight=operands.dw_weight * scales[0][:, None, None], pw_weight=operands.pw_weight * scales[1][:, None]
+    )
+    y = separable_conv2d(case, operands, True, scales=scales)
+    tolerance.assert_within_bound(y, case, folded, np.float32, cases.reference(case, folded))
+
+
+def test_packed_weights_are_written_whole():
+    """What lies behind the last channel is zero: products add it up."""
+    kernels, c, o = library(), 5, 7
+    size = kernels.packed_size(ctypes.c_int64(c), ctypes.c_int64(o))
+    assert size == 9 * 32 + 3 * 32 + 32 * 32 + 3 * 32
+    packed = np.full(size, np.nan, np.float32)
+    dw_weight, pw_weight = np.ones((c, 3, 3), np.float32), np.ones((o, c), np.float32)
+    cuda_emulated._call("pack", 0, dw_weight, None, None, pw_weight, None, None, c, o, packed)
+    # Taps, products, and scales of one for either affine map.
+    assert np.sort(packed).tolist() == [0.0] * (size - 9 * c - c * o - c - o) + [1.0] * (9 * c + c * o + c + o)
+
+
+@pytest.mark.parametrize("type_name", ["float16", "bfloat16"])
+def test_16_bit_types_round_to_nearest_even(type_name):
+    """The emulation's float16 is the compiler's; bfloat16 is the kernels' own."""
+    values = np.random.default_rng(0).integers(0, 2**32, 20000, dtype=np.uint32).view(np.float32)
+    ties = ((np.arange(2000, dtype=np.uint32) * 32771) << 13 | 0x8000).view(np.float32)
+    values = np.concatenate([values, ties, np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 65520, 1e-8], np.float32)])
+    actual = np.empty_like(values)
+    library().round_to(
+        TYPES[type_name][0], cuda_emulated._address(values), cuda_emulated._address(actual), ctypes.c_int64(len(values))
+    )
+    finite = ~np.isnan(values)
+    with np.errstate(over="ignore"):
+        expected = cuda_emulated.numbers_of(cuda_emulated.bits_of(values[finite], type_name), type_name)
+    assert actual[finite].tobytes() == expected.tobytes()
+    assert np.isnan(actual[~finite]).all()
+
+
+def test_the_cheapest_shape():
+    """Large maps take large tiles; small ones are spread over the multiprocessors by channels."""
+
+    def shape(pixels, columns, multiprocessors=80):
+        return library().choose_shape(*map(ctypes.c_int64, (pixels, columns, 4, 1, multiprocessors)))
+
+    assert shape(32 * 56 * 56, 128) == 2
+    assert shape(7 * 7, 1024) == 0
+    assert shape(7 * 7, 16) == 0
+    assert shape(112 * 112, 64) == 1
+    assert [shape(14 * 14, 512, n) for n in (1, 1000)] == [2, 0]
+
+
+def test_the_emulation_finds_what_is_wrong(tmp_path):
+    """A missing barrier, a barrier that some threads do not reach, shared memory that was not written."""
+    compile_for_host("faults.cpp", tmp_path / "faults", "-O1")
+    finished = subprocess.run([tmp_path / "faults"], capture_output=True, text=True, timeout=60, check=True)
+    assert finished.stdout.split() == ["right", "barrier:found", "divergence:found", "unwritten:found"]
+
+
+def test_no_data_race_in_threads(tmp_path):
+    """The threads of a block as real threads, under ThreadSanitizer."""
+    compile_for_host("races.cpp", tmp_path / "races", "-O1", "-g", "-fsanitize=thread", "-DEMULATE_WITH_THREADS")
+    finished = subprocess.run([tmp_path / "races"], capture_output=True, text=True, timeout=300, check=False)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert finished.stdout == "no races\n"
