@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Builds fusedsep._C: one static library per ISA without torch, then the stable-ABI binding that links them."""
+"""Builds fusedsep._C: one static library per ISA without torch, then the stable-ABI binding that links them.
+
+With FUSEDSEP_CUDA=1, or where nvcc is found and torch is a CUDA build, also fusedsep._C_cuda (setup_cuda.py).
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,9 @@ from setuptools import setup
 from setuptools.command.build_clib import build_clib
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # not there in an isolated build
+from setup_cuda import CudaBuild  # noqa: E402
+
 KERNELS, BINDINGS = Path("csrc/kernels"), Path("csrc/bindings")
 OLDEST_TORCH = (2, 10)
 MACHINES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
@@ -85,6 +91,10 @@ def main() -> None:
     machine = target_machine()
     check_compiler()
     build_extension, cpp_extension, torch_version = import_build_extension()
+    try:
+        cuda = CudaBuild.from_environment()
+    except RuntimeError as error:
+        stop(str(error))
 
     class BuildFusedsep(build_extension):
         """Builds the kernels first, also for in-place builds, and writes down how they were built."""
@@ -100,6 +110,8 @@ def main() -> None:
             )
             if not header.exists() or header.read_text() != text:
                 header.write_text(text)
+            if cuda is not None:
+                cuda.compile(ROOT)
             super().run()
 
     sanitizers = os.environ.get("FUSEDSEP_SANITIZE")
@@ -112,9 +124,12 @@ def main() -> None:
         extra_compile_args=common_flags(),
         extra_link_args=["-Wl,-s"] if not sanitizers else [f"-fsanitize={sanitizers}"],
     )
+    extensions = [extension]
+    if cuda is not None:
+        extensions.append(cuda.extension(cpp_extension, ROOT, common_flags(), extension.extra_link_args))
     setup(
         libraries=libraries(machine),
-        ext_modules=[extension],
+        ext_modules=extensions,
         cmdclass={"build_clib": build_clib, "build_ext": BuildFusedsep},
     )
 

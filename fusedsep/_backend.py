@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import _C
+from . import _C, _cuda
 from ._version import __version__
 
 #: Compiled everywhere so that tests can run the tiles of AVX-512 on any processor; slow, and never chosen by itself.
@@ -77,5 +77,5 @@ def backend_info() -> dict[str, Any]:
         "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "compiler": _C.build_info["compiler"],
         "flags": dict(_C.build_info["flags"]),
-        "cuda": "no CUDA kernels in this build",
+        "cuda": _cuda.state(),
     }

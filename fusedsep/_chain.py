@@ -148,7 +148,7 @@ class LayerChain:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         several = len(self.elements) > 1
-        if several and _kernel_path.covers_map(x) and x.dim() == 4 and not torch.compiler.is_compiling():
+        if several and x.is_cpu and _kernel_path.covers_map(x) and x.dim() == 4 and not torch.compiler.is_compiling():
             y = self._run(x)
             if y is not None:
                 return y

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import _C, _compat, _ops, _sync, _training
+from . import _C, _compat, _cuda, _ops, _sync, _training
 from ._activations import ACTIVATION_CODES
 from ._checks import check_values_per_channel, checked_pads
 from ._fold import scale_and_shift_tensors
@@ -30,6 +30,7 @@ Modules = tuple[nn.Conv2d, _BatchNorm | None, nn.Conv2d, _BatchNorm | None]
 
 _DTYPES = (torch.float32, torch.float64)
 _TENSOR_TYPES = (torch.Tensor, nn.Parameter)
+_CPU = torch.device("cpu")
 
 
 class PackedCache:
@@ -75,7 +76,12 @@ def covered_tensors(
         and not _compat.has_global_hooks()
     ):
         operands = Operands(*weight_and_bias(dw), *norm_tensors(bn1), *weight_and_bias(pw), *norm_tensors(bn2))
-        if are_readable(x.dtype, operands):
+        if are_readable(x.dtype, operands, x.device) and (
+            covers_training(x)
+            or not (
+                any(bn is not None and uses_batch_statistics(bn) for bn in (bn1, bn2)) or wants_gradient(x, operands)
+            )
+        ):
             return operands
     return None
 
@@ -105,7 +111,18 @@ def covers_tensors(x: torch.Tensor, *tensors: torch.Tensor | None) -> bool:
 
     ``tensors`` are the depthwise weight, then the other weights, biases and BN tensors, ``None`` where absent.
     """
-    return covers_map(x) and x.dim() in (3, 4) and are_readable(x.dtype, tensors) and x.shape[-3] == tensors[0].shape[0]
+    return (
+        covers_map(x)
+        and x.dtype in _DTYPES  # folding BN into 16-bit weights would round them
+        and x.dim() in (3, 4)
+        and are_readable(x.dtype, tensors, x.device)
+        and x.shape[-3] == tensors[0].shape[0]
+    )
+
+
+def covers_training(x: torch.Tensor) -> bool:
+    """Whether there are kernels for gradients and statistics of the batch where ``x`` is: not on a GPU."""
+    return x.is_cpu
 
 
 def wants_gradient(x: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> bool:
@@ -124,8 +141,7 @@ def covers_map(x: torch.Tensor) -> bool:
     """Whether the kernels can read ``x`` here and now."""
     return (
         type(x) is torch.Tensor
-        and x.dtype in _DTYPES
-        and x.is_cpu
+        and (x.dtype in _DTYPES if x.is_cpu else x.is_cuda and _cuda.covers(x))
         and x.layout is torch.strided
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()
@@ -136,10 +152,15 @@ def covers_map(x: torch.Tensor) -> bool:
     )
 
 
-def are_readable(dtype: torch.dtype, tensors: Sequence[torch.Tensor | None]) -> bool:
-    """Whether every tensor has its numbers in memory as they are: of this type, on the CPU, and no subclass."""
+def are_readable(dtype: torch.dtype, tensors: Sequence[torch.Tensor | None], device: torch.device = _CPU) -> bool:
+    """Whether every tensor has its numbers in memory as they are: of this type, on this device, and no subclass."""
+    on_cpu = device.type == "cpu"  # asking for a tensor's device costs more than whether it is on the CPU
     for tensor in tensors:  # a generator expression costs more than the checks
-        if tensor is not None and not (type(tensor) in _TENSOR_TYPES and tensor.dtype is dtype and tensor.is_cpu):
+        if tensor is not None and not (
+            type(tensor) in _TENSOR_TYPES
+            and tensor.dtype is dtype
+            and (tensor.is_cpu if on_cpu else tensor.device == device)
+        ):
             return False
     return True
 
@@ -255,11 +276,15 @@ _WITHOUT_STATISTICS2 = {"bn2_mean": None, "bn2_var": None}
 def _run_packed(
     site: SeparableConv, x: torch.Tensor, operands: Operands, settings: Settings, modules: Modules
 ) -> torch.Tensor:
-    """Fixed statistics and no gradient: BN folded, weights packed, both kept from call to call."""
+    """Fixed statistics and no gradient: BN folded, weights packed, both kept from call to call.
+
+    On a GPU they are packed at every call, by one small kernel: looking whether they changed would wait for the device.
+    """
     _, bn1, pw, bn2 = modules
     packed = None
-    compiling = torch.compiler.is_compiling()  # the graph packs at every call, and notices every change so
-    if not compiling:
+    # The graph packs at every call, and notices every change so.
+    keeps = x.is_cpu and not torch.compiler.is_compiling()
+    if keeps:
         fingerprint = (
             _C.fingerprint([(tensor.data_ptr(), tensor.nbytes) for tensor in operands if tensor is not None]),
             settings.bn1_eps,
@@ -276,7 +301,7 @@ def _run_packed(
                 *scale_and_shift_tensors(operands.pw_bias, bn2),
                 settings.channels_last,
             )
-        if not compiling:
+        if keeps:
             site.cache.store(key, fingerprint, packed)
     return _separable_conv2d(x, packed, pw.out_channels, *settings[4:])
 

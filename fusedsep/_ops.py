@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import _C
+from . import _C, _cuda
 from ._padding import output_size
 
 pack = torch.ops.fusedsep.pack.default
@@ -85,6 +85,9 @@ class Settings(NamedTuple):
 
 @torch.library.register_fake("fusedsep::pack")
 def _(dw_weight, dw_scale, dw_bias, pw_weight, pw_scale, pw_bias, channels_last):  # type: ignore[no-untyped-def]
+    if dw_weight.device.type == "cuda":
+        size = _cuda.packed_size(dw_weight.shape[0], pw_weight.shape[0])
+        return dw_weight.new_empty(size, dtype=torch.float32)
     size = _C.packed_size(
         dw_weight.shape[0], pw_weight.shape[0], channels_last, 4 if dw_weight.dtype == torch.float32 else 8
     )

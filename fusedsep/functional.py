@@ -101,8 +101,14 @@ def depthwise_separable_conv2d(
     operands = Operands(dw_weight, dw_bias, *_tensors_of(bn1), pw_weight, pw_bias, *_tensors_of(bn2))
     modes = _mode(bn1, training), _mode(bn2, training)
     batch_statistics = BATCH_STATISTICS in modes
-    if stride <= 2 and _kernel_path.covers_tensors(x, *operands) and not (batch_statistics and x.numel() == 0):
-        if not batch_statistics and not _kernel_path.wants_gradient(x, operands):
+    trains = batch_statistics or _kernel_path.wants_gradient(x, operands)
+    if (
+        stride <= 2
+        and _kernel_path.covers_tensors(x, *operands)
+        and not (batch_statistics and x.numel() == 0)
+        and not (trains and not _kernel_path.covers_training(x))
+    ):
+        if not trains:
             return _kernel_path.run_folded(
                 x,
                 *fold_tensors(dw_weight, dw_bias, bn1),

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 
 import pytest
 import torch
+from build_files import setup_cuda
 
 import fusedsep
 from fusedsep import _C, _ops
@@ -17,6 +19,9 @@ from fusedsep import _C, _ops
 _LACKING = {
     "needs_avx2": lambda: "avx2" not in _C.supported_isas(),
     "needs_avx512": lambda: "avx512" not in _C.supported_isas(),
+    "needs_cuda": lambda: not torch.cuda.is_available(),
+    "needs_cuda_build": lambda: importlib.util.find_spec("fusedsep._C_cuda") is None,
+    "needs_nvcc": lambda: setup_cuda.find_nvcc() is None,
 }
 
 #: How the reason of every skip begins that this suite may have. With ``CI`` set, any other skip fails the run.

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import tolerance
 from cases import ACTIVATION_CODES, Case, Operands
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,3 +142,12 @@ def separable_conv2d(
     )
     y = numbers_of(y, type_name)
     return y.transpose(0, 3, 1, 2) if channels_last else y
+
+
+def within_bound(y: np.ndarray, case: Case, operands: Operands, type_name: str, expected: np.ndarray) -> None:
+    """Sums are float32 in every type; the result is rounded once more."""
+    assert y.shape == expected.shape
+    rounding = 2.0 ** -TYPES[type_name][1] * np.abs(expected) if type_name != "float32" else 0.0
+    smallest = 2.0**-25 if type_name == "float16" else 0.0  # half of the smallest subnormal number
+    excess = np.abs(y - expected) - 1.01 * (tolerance.bound(case, operands, np.float32) + rounding) - smallest
+    assert np.all(excess <= 0), f"{case}: error exceeds its bound by {np.max(excess):.3g}"

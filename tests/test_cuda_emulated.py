@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tolerance
 from cases import ACTIVATION_CODES, Case
-from cuda_emulated import SHAPES, TYPES, compile_for_host, library, rounded, separable_conv2d
+from cuda_emulated import SHAPES, TYPES, compile_for_host, library, rounded, separable_conv2d, within_bound
 
 FORMATS = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 #: Partial tiles of pixels and of channels in every shape; several images in a tile; vectors that do not fit.
@@ -25,15 +25,6 @@ TILED = [
     Case(16, 32, 31, 9, 2, (0, 1, 0, 1), activation="relu6"),
     Case(5, 3, 2, 2, batch=40),
 ]
-
-
-def within_bound(y, case, operands, type_name, expected):
-    """Sums are float32 in every type; the result is rounded once more."""
-    assert y.shape == expected.shape
-    rounding = 2.0 ** -TYPES[type_name][1] * np.abs(expected) if type_name != "float32" else 0.0
-    smallest = 2.0**-25 if type_name == "float16" else 0.0  # half of the smallest subnormal number
-    excess = np.abs(y - expected) - 1.01 * (tolerance.bound(case, operands, np.float32) + rounding) - smallest
-    assert np.all(excess <= 0), f"{case}: error exceeds its bound by {np.max(excess):.3g}"
 
 
 @FORMATS

@@ -60,3 +60,44 @@ def test_another_architecture(tmp_path, machine):
     assert message == (
         f"fusedsep cannot be built: the processor architecture {machine!r} is not supported; x86_64 and aarch64 are."
     )
+
+
+_CUDA_TORCH = "__version__ = '2.13.0+cu130'\nclass version: cuda = '13.0'"
+
+
+def nvcc_of(tmp_path, release):
+    """A stand-in for nvcc that knows its version alone."""
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    nvcc.chmod(0o755)
+    return {"CUDA_HOME": str(nvcc.parent.parent)}
+
+
+@pytest.mark.parametrize("wish", ["1", ""])
+def test_nvcc_of_another_cuda_than_torch(tmp_path, wish):
+    message = message_of_setup(tmp_path, _CUDA_TORCH, FUSEDSEP_CUDA=wish, **nvcc_of(tmp_path, "12.8"))
+    assert message == (
+        f"fusedsep cannot be built: torch 2.13.0+cu130 is built for CUDA 13.0, but {tmp_path}/toolkit/bin/nvcc is of "
+        "CUDA 12.8; they must agree in the major version. FUSEDSEP_CUDA=0 builds without CUDA kernels."
+    )
+
+
+def test_cuda_is_asked_for_without_nvcc(tmp_path):
+    patch = "import pathlib; pathlib.Path.is_file = lambda path: False"
+    message = message_of_setup(tmp_path, _CUDA_TORCH, patch, FUSEDSEP_CUDA="1")
+    assert message == (
+        "fusedsep cannot be built: FUSEDSEP_CUDA=1, but nvcc was not found; put it on PATH, set CUDA_HOME, or install "
+        'the packages of the extra "cuda-build".'
+    )
+
+
+def test_cuda_with_a_torch_that_does_not_tell_its_stream(tmp_path):
+    torch = "__version__ = '2.12.0'\nclass version: cuda = None"
+    message = message_of_setup(tmp_path, torch, FUSEDSEP_CUDA="1", **nvcc_of(tmp_path, "13.0"))
+    assert message == ("fusedsep cannot be built: the CUDA kernels need torch >= 2.13 to build, found torch 2.12.0.")
+
+
+def test_cuda_is_asked_for_in_an_unknown_way(tmp_path):
+    message = message_of_setup(tmp_path, _CUDA_TORCH, FUSEDSEP_CUDA="yes")
+    assert message == "fusedsep cannot be built: the variable FUSEDSEP_CUDA must be 0 or 1, got 'yes'."

@@ -6,23 +6,11 @@
 
 #include <optional>
 
-#include "geometry.h"
 #include "run.h"
-#include "tensors.h"
+#include "separable_call.h"
 
 namespace fusedsep {
 namespace {
-
-void check_vector(const char* name, const std::optional<Tensor>& vector, int64_t channels) {
-  if (!vector.has_value()) return;
-  STD_TORCH_CHECK(vector->dim() == 1 && vector->size(0) == channels && vector->is_contiguous() &&
-                      vector->scalar_type() == ScalarType::Double && vector->is_cpu(),
-                  name, " must be a contiguous float64 CPU tensor of ", channels, " elements");
-}
-
-const double* data_or_null(const std::optional<Tensor>& vector) {
-  return vector.has_value() ? vector->const_data_ptr<double>() : nullptr;
-}
 
 template <typename T>
 Tensor pack_as(const PackParams<T>& params) {
@@ -41,25 +29,10 @@ Tensor pack_as(const PackParams<T>& params) {
 Tensor pack(const Tensor& dw_weight, const std::optional<Tensor>& dw_scale, const std::optional<Tensor>& dw_bias,
             const Tensor& pw_weight, const std::optional<Tensor>& pw_scale, const std::optional<Tensor>& pw_bias,
             bool channels_last) {
-  STD_TORCH_CHECK(dw_weight.dim() == 4 && dw_weight.size(0) >= 1 && dw_weight.size(1) == 1 && dw_weight.size(2) == 3 &&
-                      dw_weight.size(3) == 3 && dw_weight.is_contiguous() && dw_weight.is_cpu(),
-                  "dw_weight must be a contiguous CPU tensor of shape [C, 1, 3, 3]");
-  const int64_t in_channels = dw_weight.size(0);
-  STD_TORCH_CHECK(pw_weight.dim() == 4 && pw_weight.size(0) >= 1 && pw_weight.size(1) == in_channels &&
-                      pw_weight.size(2) == 1 && pw_weight.size(3) == 1 && pw_weight.is_contiguous() &&
-                      pw_weight.is_cpu(),
-                  "pw_weight must be a contiguous CPU tensor of shape [N, ", in_channels, ", 1, 1]");
-  const int64_t out_channels = pw_weight.size(0);
-  STD_TORCH_CHECK(pw_weight.scalar_type() == dw_weight.scalar_type(), "pw_weight must have the dtype of dw_weight");
-  check_vector("dw_scale", dw_scale, in_channels);
-  check_vector("dw_bias", dw_bias, in_channels);
-  check_vector("pw_scale", pw_scale, out_channels);
-  check_vector("pw_bias", pw_bias, out_channels);
+  const PackCall call(dw_weight, dw_scale, dw_bias, pw_weight, pw_scale, pw_bias, Place::cpu());
   const auto pack_dtype = [&](auto zero) {
     using T = decltype(zero);
-    return pack_as<T>({dw_weight.const_data_ptr<T>(), data_or_null(dw_scale), data_or_null(dw_bias),
-                       pw_weight.const_data_ptr<T>(), data_or_null(pw_scale), data_or_null(pw_bias), in_channels,
-                       out_channels, channels_last});
+    return pack_as<T>(call.params<T>(channels_last));
   };
   if (dw_weight.scalar_type() == ScalarType::Float) return pack_dtype(0.0f);
   STD_TORCH_CHECK(dw_weight.scalar_type() == ScalarType::Double, "dw_weight must be float32 or float64");
@@ -69,24 +42,7 @@ Tensor pack(const Tensor& dw_weight, const std::optional<Tensor>& dw_scale, cons
 template <typename T>
 Tensor separable_conv2d_as(const Tensor& x, const Tensor& packed, int64_t out_channels, const Geometry& g,
                            bool channels_last) {
-  const std::array<int64_t, 4> sizes{x.size(0), x.size(1), x.size(2), x.size(3)};
-  SeparableParams<T> params{};
-  params.batch = sizes[0];
-  params.in_channels = sizes[1];
-  params.height = sizes[2];
-  params.width = sizes[3];
-  params.out_channels = out_channels;
-  params.out_height = output_size("height", params.height, g.pad_top, g.pad_bottom, g);
-  params.out_width = output_size("width", params.width, g.pad_left, g.pad_right, g);
-  params.stride = g.stride;
-  params.dilation = g.dilation;
-  params.pad_top = g.pad_top;
-  params.pad_left = g.pad_left;
-  params.channels_last = channels_last;
-  params.activation = Activation(g.activation);
-  params.pointwise_activation = Activation(g.pointwise_activation);
-  element_count(params.batch, out_channels, params.out_height, params.out_width);
-
+  SeparableParams<T> params = separable_params<T>(x, out_channels, g, channels_last);
   const Isa& isa = active_isa();
   const auto& kernels = isa.separable<T>();
   const PackedHeader header(isa, params.in_channels, out_channels, channels_last, sizeof(T));
@@ -114,11 +70,7 @@ Tensor separable_conv2d(const Tensor& x, const Tensor& packed, int64_t out_chann
                         int64_t pad_left, int64_t pad_right, int64_t pad_top, int64_t pad_bottom, int64_t activation,
                         int64_t pointwise_activation, bool channels_last) {
   const Geometry geometry{stride, dilation, pad_left, pad_right, pad_top, pad_bottom, activation, pointwise_activation};
-  check_geometry(geometry);
-  check_range("out_channels", out_channels, 1, int64_t(1) << 40);
-  STD_TORCH_CHECK(x.dim() == 4 && x.size(1) >= 1 && x.is_cpu(), "x must be a CPU tensor of shape [N, C, H, W]");
-  STD_TORCH_CHECK(is_dense(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, channels_last), "x must be contiguous in ",
-                  channels_last ? "channels_last" : "NCHW", " memory format");
+  check_separable_conv2d(x, out_channels, geometry, channels_last, Place::cpu());
   if (x.scalar_type() == ScalarType::Float) {
     return separable_conv2d_as<float>(x, packed, out_channels, geometry, channels_last);
   }

@@ -19,12 +19,26 @@ using torch::stable::Tensor;
 template <typename T>
 constexpr ScalarType kScalarType = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
 
+// The device that the tensors of a call are on.
+struct Place {
+  const char* name;
+  int32_t type, index;
+
+  static Place cpu() { return {"CPU", aoti_torch_device_type_cpu(), 0}; }
+  static Place cuda(const Tensor& x) { return {"CUDA", aoti_torch_device_type_cuda(), x.get_device_index()}; }
+  bool has(const Tensor& x) const {
+    int32_t its_type;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &its_type));
+    return its_type == type && (type == aoti_torch_device_type_cpu() || x.get_device_index() == index);
+  }
+};
+
 template <size_t kRank>
 Tensor empty_strided(const std::array<int64_t, kRank>& sizes, const std::array<int64_t, kRank>& strides,
-                     ScalarType dtype) {
+                     ScalarType dtype, const Place& place = Place::cpu()) {
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(kRank), sizes.data(), strides.data(), int32_t(dtype),
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+                                                  place.type, place.index, &handle));
   return Tensor(handle);
 }
 

@@ -51,13 +51,13 @@ FUSEDSEP_DEVICE float affine(const W* rows, int64_t padded, int64_t channel, flo
 // memory, and what an address and the test for the border cost is shared by all that a thread computes from them.
 template <class S, bool kChannelsLast, typename T, int kPitch>
 FUSEDSEP_DEVICE void depthwise(const SeparableParams<T>& p, const Packed<const float>& weights, const Origin* origins,
-                               bool vectors, int64_t first, float (*to)[kPitch]) {
+                               bool vectors, int first, float (*to)[kPitch]) {
   const int thread = int(threadIdx.x);
   if constexpr (kChannelsLast) {
     constexpr int kVectors = S::kDepth / kVector, kStep = S::kThreads / kVectors, kUnits = S::kPixels / kStep;
     static_assert(S::kThreads % kVectors == 0 && S::kPixels % kStep == 0);
     const int k = thread % kVectors * kVector, pixel = thread / kVectors;
-    const int64_t channel = first + k;
+    const int channel = first + k;
     float sums[kUnits][kVector] = {};
 #pragma unroll 1
     for (int u = 0; u < 3; ++u) {
@@ -89,7 +89,8 @@ FUSEDSEP_DEVICE void depthwise(const SeparableParams<T>& p, const Packed<const f
     constexpr int kStep = S::kThreads / S::kPixels, kUnits = S::kDepth / kStep;
     static_assert(S::kThreads % S::kPixels == 0 && S::kDepth % kStep == 0);
     const int pixel = thread % S::kPixels, k = thread / S::kPixels;
-    const int64_t map = p.height * p.width;
+    const int64_t next = kStep * p.height * p.width;
+    const int count = int(p.in_channels) - first - k;
     const Origin origin = origins[pixel];
     float sums[kUnits] = {};
 #pragma unroll 1
@@ -97,19 +98,17 @@ FUSEDSEP_DEVICE void depthwise(const SeparableParams<T>& p, const Packed<const f
 #pragma unroll 1
       for (int v = 0; v < 3; ++v) {
         if (!has_tap(p, origin, u, v)) continue;
-        const T* tap = p.x + origin.offset + tap_offset(p, u, v) + (first + k) * map;
+        const T* tap = p.x + origin.offset + tap_offset(p, u, v) + (first + k) * p.height * p.width;
         const float* weight = weights.taps + (3 * u + v) * weights.in_padded + first + k;
 #pragma unroll
-        for (int unit = 0; unit < kUnits; ++unit) {
-          if (first + k + unit * kStep < p.in_channels) {
-            sums[unit] = fmaf(weight[unit * kStep], to_float(tap[unit * kStep * map]), sums[unit]);
-          }
+        for (int unit = 0; unit < kUnits; ++unit, tap += next) {
+          if (unit * kStep < count) sums[unit] = fmaf(weight[unit * kStep], to_float(*tap), sums[unit]);
         }
       }
     }
 #pragma unroll
     for (int unit = 0; unit < kUnits; ++unit) {
-      const int64_t channel = first + k + unit * kStep;
+      const int channel = first + k + unit * kStep;
       to[k + unit * kStep][pixel] =
           activate(p.activation, affine(weights.affine1, weights.in_padded, channel, sums[unit]));
     }

@@ -1,30 +1,14 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Types of the elements of maps. All arithmetic is in float: the 16-bit types are read and written alone.
+// Reading and writing the elements of maps. All arithmetic is in float.
 #pragma once
 
 #include <cstdint>
 
-#include "../kernels/separable.h"
 #include "device.h"
+#include "forward.h"
 
 namespace fusedsep {
-
-struct alignas(2) float16 {  // IEEE 754 binary16
-  uint16_t bits;
-};
-struct alignas(2) bfloat16 {  // the upper half of a float
-  uint16_t bits;
-};
-template <>
-struct WeightOf<float16> {
-  using type = float;
-};
-template <>
-struct WeightOf<bfloat16> {
-  using type = float;
-};
-
 namespace cuda {
 
 // Elements that are read or written at once where addresses allow it: 16 bytes of float, 8 of the 16-bit types.

@@ -6,7 +6,6 @@
 #pragma once
 
 #include "depthwise-inl.h"
-#include "forward.h"
 #include "product-inl.h"
 
 namespace fusedsep::cuda {
@@ -26,7 +25,7 @@ __global__ void __launch_bounds__(S::kThreads, 512 / S::kThreads)
   const int64_t slices = ceil_div(p.out_channels, S::kColumns);
   const int64_t first_pixel = blockIdx.x / slices * S::kPixels, first_column = blockIdx.x % slices * S::kColumns;
   const Packed<const float> weights(p.packed, p.in_channels, p.out_channels);
-  const auto fill = [&](Step<S>& step, int64_t first) {
+  const auto fill = [&](Step<S>& step, int first) {
     depthwise<S, kChannelsLast>(p, weights, shared.origins, x_vectors, first, step.pixels);
     copy_weights(weights.product, weights.out_padded, first, first_column, step);
   };
@@ -38,8 +37,9 @@ __global__ void __launch_bounds__(S::kThreads, 512 / S::kThreads)
   const Position<S, kChannelsLast> position;
   Sums<S> sums = {};
   int current = 0;
-  for (int64_t first = 0; first < p.in_channels; first += S::kDepth) {
-    if (first + S::kDepth < p.in_channels) fill(shared.steps[1 - current], first + S::kDepth);
+  const int channels = int(p.in_channels);
+  for (int first = 0; first < channels; first += S::kDepth) {
+    if (first + S::kDepth < channels) fill(shared.steps[1 - current], first + S::kDepth);
     multiply(shared.steps[current], position, sums);
     __syncthreads();
     current = 1 - current;
@@ -58,7 +58,7 @@ bool has_vectors(const T* map, int64_t channels, int64_t map_pixels, bool channe
 }
 
 template <typename T>
-void separable_forward(const SeparableParams<T>& p, int shape, const Device& device, cudaStream_t stream) {
+void separable_forward(const SeparableParams<T>& p, int shape, const Device& device, Stream stream) {
   with_shape(shape_of(p, shape, device), [&](auto chosen) {
     using S = decltype(chosen);
     const int64_t map_pixels = p.out_height * p.out_width;
@@ -99,7 +99,7 @@ __global__ void pack_kernel(PackParams<T> p, float* memory) {
 }
 
 template <typename T>
-void pack(const PackParams<T>& p, float* packed, cudaStream_t stream) {
+void pack(const PackParams<T>& p, float* packed, Stream stream) {
   constexpr int kThreads = 256;
   launch(pack_kernel<T>, ceil_div(padded(p.in_channels) * padded(p.out_channels), kThreads), kThreads, stream, p,
          packed);

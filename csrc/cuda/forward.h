@@ -6,25 +6,29 @@
 // Packed    As csrc/cuda/packed.h has it, on the device; aligned to 16 bytes.
 // Order     y is one chain of multiply-adds over the input channels, in order, whatever the tile: results do not depend
 //           on the device, the batch or the split.
-// Pointers  To memory of one device, which is the current one. x, y and packed do not overlap.
-// Launches  Are asynchronous, on `stream`, neither allocate nor wait, and may be captured in a graph.
-// Throws    std::runtime_error where CUDA refuses a launch.
+// Sizes     Channels of x, and its rows and columns with their padding, are fewer than 2^30. Elements may be more than
+// 2^31. Pointers  To memory of one device, which is the current one. x, y and packed do not overlap. Launches  Are
+// asynchronous, on `stream`, neither allocate nor wait, and may be captured in a graph. Throws    std::runtime_error
+// where CUDA refuses a launch.
 #pragma once
 
-#include "element.h"
 #include "packed.h"
 #include "tiles.h"
+#include "types.h"
 
 namespace fusedsep::cuda {
 
+// The current device.
+Device current_device();
+
 // Writes Packed::size() floats: weights, and affine maps of the given scale and bias.
 template <typename T>
-void pack(const PackParams<T>& params, float* packed, cudaStream_t stream);
+void pack(const PackParams<T>& params, float* packed, Stream stream);
 
 // y = act2(affine2(p)).
 // shape: below kShapes; a negative one leaves the choice to the device.
 template <typename T>
-void separable_forward(const SeparableParams<T>& params, int shape, const Device& device, cudaStream_t stream);
+void separable_forward(const SeparableParams<T>& params, int shape, const Device& device, Stream stream);
 
 template <typename T>
 int shape_of(const SeparableParams<T>& params, int shape, const Device& device) {

@@ -65,7 +65,7 @@ FUSEDSEP_DEVICE void multiply(const Step<S>& step, const Position<S, kChannelsLa
 
 // Rows [first, first + kDepth) of packed weights, columns from `column` on; zero behind the last, `padded`.
 template <class S>
-FUSEDSEP_DEVICE void copy_weights(const float* weights, int64_t padded, int64_t first, int64_t column, Step<S>& step) {
+FUSEDSEP_DEVICE void copy_weights(const float* weights, int64_t padded, int first, int64_t column, Step<S>& step) {
   constexpr int kVectors = S::kColumns / kVector, kUnits = S::kDepth * kVectors / S::kThreads;
   static_assert(S::kDepth * kVectors % S::kThreads == 0);
 #pragma unroll

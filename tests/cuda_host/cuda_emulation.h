@@ -40,7 +40,8 @@
 struct Index3 {
   unsigned x, y, z;
 };
-using cudaStream_t = void*;
+struct CUstream_st;
+using cudaStream_t = CUstream_st*;
 
 namespace fusedsep::emulation {
 

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The CUDA kernels: whether this build has them, and which maps they take. Inference alone; see ``_kernel_path``."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+_reason = "no CUDA kernels in this build"
+try:
+    from . import _C_cuda as _kernels
+except ImportError as error:
+    _kernels = None
+    if importlib.util.find_spec("fusedsep._C_cuda") is not None:
+        _reason = f"the CUDA kernels of this build cannot be loaded ({error})"
+
+_DTYPES = () if _kernels is None else tuple(getattr(torch, name) for name in _kernels.build_info["dtypes"])
+
+
+def covers(x: torch.Tensor) -> bool:
+    """Whether the kernels can read ``x``, a tensor on a GPU."""
+    return x.dtype in _DTYPES and not torch.is_autocast_enabled("cuda")
+
+
+def packed_size(in_channels: int, out_channels: int) -> int:
+    """Elements of packed weights on a GPU."""
+    if _kernels is None:
+        raise RuntimeError(f"fusedsep::pack cannot run on a GPU: {_reason}")
+    return _kernels.packed_size(in_channels, out_channels)
+
+
+def state() -> str:
+    """What :func:`fusedsep.backend_info` says."""
+    if _kernels is None:
+        return _reason
+    build = _kernels.build_info
+    built = f"kernels for inference, {', '.join(build['dtypes'])}; {', '.join(build['targets'])}; nvcc {build['nvcc']}"
+    if torch.version.cuda is None:
+        return f"{built}; not in use: torch {torch.__version__} has no CUDA"
+    if not torch.cuda.is_available():
+        return f"{built}; not in use: torch finds no GPU"
+    return f"{built}; in use on {', '.join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))}"

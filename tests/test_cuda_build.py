@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The CUDA kernels compile for every target within their budget, and the extension loads where there is no GPU."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from build_files import setup_cuda
+from subprocesses import run_code
+
+import fusedsep
+from fusedsep import _cuda
+
+ROOT = Path(__file__).resolve().parent.parent
+
+#: A multiprocessor has 65,536 registers, and from sm_80 on at least 100 KiB of shared memory.
+REGISTERS, SHARED_MEMORY = 65_536, 100 * 1024
+#: Pixels and columns of a block (csrc/cuda/tiles.h) -> its threads, and blocks that a multiprocessor is to hold.
+SHAPES = {(128, 128): (256, 2), (64, 64): (128, 4), (32, 32): (64, 8)}
+
+
+def shared_memory(pixels: int, columns: int) -> int:
+    """Bytes of ForwardShared: two steps of 16 channels, and an origin of 16 bytes a pixel."""
+    return 2 * 16 * (pixels + 4 + columns) * 4 + 16 * pixels
+
+
+def usage(report: str) -> tuple[list[tuple[str, str]], list[int], list[tuple[int, int]]]:
+    """Kernels with their targets; bytes of stack and spills; registers a thread with bytes of shared memory a block.
+
+    One of each for every kernel and target, but targets are compiled side by side, and their lines mix.
+    """
+    kernels = re.findall(r"Compiling entry function '(\w+)' for '(sm_\d+)'", report)
+    stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    used = re.findall(r"Used (\d+) registers(?:.*?, (\d+) bytes smem)?", report)
+    return (
+        kernels,
+        [sum(map(int, numbers)) for numbers in stacks],
+        [(int(registers), int(shared or 0)) for registers, shared in used],
+    )
+
+
+@pytest.mark.needs_nvcc
+def test_kernels_stay_within_their_budget_on_every_target(monkeypatch):
+    monkeypatch.setenv("FUSEDSEP_CUDA", "1")
+    build = setup_cuda.CudaBuild.from_environment()
+    build.compile(ROOT)  # does nothing where the extension was built from these sources
+    reports = "".join(path.with_suffix(".ptxas.txt").read_text() for path in build.objects(ROOT))
+    kernels, stacks, used = usage(reports)
+    targets = {target for target in setup_cuda.TARGETS if target.startswith("sm_")}
+    # Three shapes, two memory formats and three types; one `pack` a type.
+    assert Counter(target for name, target in kernels if "forward_kernel" in name) == dict.fromkeys(targets, 18)
+    assert Counter(target for name, target in kernels if "pack_kernel" in name) == dict.fromkeys(targets, 3)
+    assert len(kernels) == len(stacks) == len(used) == 21 * len(targets)
+    assert set(stacks) == {0}, "a kernel spills registers"
+    expected = {shared_memory(*shape): limits for shape, limits in SHAPES.items()}
+    assert Counter(shared for _, shared in used) == {
+        0: 3 * len(targets),
+        **dict.fromkeys(expected, 6 * len(targets)),
+    }
+    for registers, shared in used:
+        assert registers <= 128
+        if shared:
+            threads, blocks = expected[shared]
+            assert registers * threads * blocks <= REGISTERS, f"{threads} threads of {registers} registers"
+            assert shared * blocks <= SHARED_MEMORY
+
+
+def test_the_report_of_ptxas_is_understood():
+    report = """
+ptxas info    : Compiling entry function '_Z1av' for 'sm_90'
+ptxas info    : Function properties for _Z1av
+    8 bytes stack frame, 4 bytes spill stores, 2 bytes spill loads
+ptxas info    : Used 32 registers, used 1 barriers, 512 bytes smem, 400 bytes cmem[0]
+ptxas info    : Compiling entry function '_Z1bv' for 'sm_75'
+ptxas info    : Function properties for _Z1bv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 7 registers, used 0 barriers
+"""
+    assert usage(report) == ([("_Z1av", "sm_90"), ("_Z1bv", "sm_75")], [14, 0], [(32, 512), (7, 0)])
+
+
+@pytest.mark.needs_cuda_build
+def test_the_extension_loads_and_reports_its_kernels():
+    """Under whatever torch runs here: with CUDA or without."""
+    state = fusedsep.backend_info()["cuda"]
+    assert state.startswith("kernels for inference, float32, float16, bfloat16; sm_75, sm_80, ")
+    assert "compute_120; nvcc 1" in state
+    if torch.version.cuda is None:
+        assert state.endswith(f"not in use: torch {torch.__version__} has no CUDA")
+    for operator in ("pack", "separable_conv2d"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fusedsep::{operator}", "CUDA")
+
+
+@pytest.mark.needs_cuda_build
+def test_packed_weights_have_the_size_that_the_kernels_read():
+    assert _cuda.packed_size(5, 7) == 9 * 32 + 3 * 32 + 32 * 32 + 3 * 32
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=False):
+        dw_weight, pw_weight = torch.empty(5, 1, 3, 3, device="cuda"), torch.empty(7, 5, 1, 1, device="cuda")
+        packed = torch.ops.fusedsep.pack(dw_weight, None, None, pw_weight, None, None, False)
+        assert packed.shape == (_cuda.packed_size(5, 7),)
+        x = torch.empty(2, 5, 9, 8, device="cuda", dtype=torch.float16)
+        y = torch.ops.fusedsep.separable_conv2d(x, packed, 7, 2, 1, 1, 1, 1, 1, 0, 0, True)
+        assert (y.shape, y.dtype) == ((2, 7, 5, 4), torch.float16)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_package_without_the_extension_says_so():
+    """As it is where nvcc was not found: everything else is there."""
+    result = run_code(
+        """
+        import sys
+        sys.modules["fusedsep._C_cuda"] = None  # importing it raises ImportError
+        import importlib.util
+        find_spec = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *rest: None if name == "fusedsep._C_cuda" else find_spec(name, *rest)
+        import torch, fusedsep
+        print(fusedsep.backend_info()["cuda"])
+        print(tuple(fusedsep.DepthwiseSeparableBlock(3, 4).eval()(torch.ones(1, 3, 5, 5)).shape))
+        """
+    )
+    assert result.stdout.splitlines() == ["no CUDA kernels in this build", "(1, 4, 5, 5)"], result.stderr
+
+
+def test_an_extension_that_does_not_load_is_no_failure():
+    """As under a torch older than the one that the binding was built with."""
+    result = run_code(
+        """
+        import importlib.machinery, importlib.util, sys
+        sys.modules["fusedsep._C_cuda"] = None
+        find_spec = importlib.util.find_spec
+        spec = importlib.machinery.ModuleSpec("fusedsep._C_cuda", None)
+        importlib.util.find_spec = lambda name, *rest: spec if name == "fusedsep._C_cuda" else find_spec(name, *rest)
+        import fusedsep
+        print(fusedsep.backend_info()["cuda"])
+        """
+    )
+    assert result.stdout.startswith("the CUDA kernels of this build cannot be loaded ("), result.stderr
