@@ -33,7 +33,12 @@ def compile_for_host(source: str, output: Path, *flags: str) -> None:
         *(f"-I{folder}" for folder in (ROOT / "csrc" / "cuda", HOST)),
         *(str(HOST / source), "-o", str(output)),
     ]
-    subprocess.run(command, check=True, timeout=600)
+    subprocess.run(command, check=True, timeout=600, env=without_preload())
+
+
+def without_preload() -> dict[str, str]:
+    """The environment of a compiler, or of a program with a sanitizer of its own, in a run under a sanitizer."""
+    return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
 
 
 @functools.cache

@@ -21,6 +21,12 @@ pytestmark = [pytest.mark.needs_cuda, pytest.mark.needs_cuda_build]
 FORMATS = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 
 
+@pytest.fixture(autouse=True)
+def _float32_is_float32(monkeypatch):
+    for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
+        monkeypatch.setattr(backend, "allow_tf32", False)
+
+
 def run(case, operands, channels_last, type_name="float32"):
     """The operators, as a float32 NumPy array."""
     dtype = getattr(torch, type_name)
@@ -65,8 +71,7 @@ def test_error_is_within_its_bound(case, type_name, channels_last):
 
 @FORMATS
 @pytest.mark.parametrize("case", cases.LAYERS, ids=str)
-def test_error_is_that_of_aten(case, channels_last, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_error_is_that_of_aten(case, channels_last):
     operands = cases.operands(case)
     expected = cases.reference(case, operands)
     block = blocks(case)[1].cuda()

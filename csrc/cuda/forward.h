@@ -4,12 +4,13 @@
 //
 // Types     T is float, float16 or bfloat16; sums, weights and values a channel are float.
 // Packed    As csrc/cuda/packed.h has it, on the device; aligned to 16 bytes.
-// Order     y is one chain of multiply-adds over the input channels, in order, whatever the tile: results do not depend
-//           on the device, the batch or the split.
-// Sizes     Channels of x, and its rows and columns with their padding, are fewer than 2^30. Elements may be more than
-// 2^31. Pointers  To memory of one device, which is the current one. x, y and packed do not overlap. Launches  Are
-// asynchronous, on `stream`, neither allocate nor wait, and may be captured in a graph. Throws    std::runtime_error
-// where CUDA refuses a launch.
+// Order     y is one chain of multiply-adds over the input channels, in order, whatever the tile: results do not
+//           depend on the device, the batch or the split.
+// Sizes     Channels of x are at most 2^30, its rows and columns with their padding fewer; elements may be more
+//           than 2^31.
+// Pointers  To memory of one device, which is the current one. x, y and packed do not overlap.
+// Launches  Are asynchronous, on `stream`, neither allocate nor wait, and may be captured in a graph.
+// Throws    std::runtime_error where CUDA refuses a launch.
 #pragma once
 
 #include "packed.h"
