@@ -30,7 +30,6 @@ Modules = tuple[nn.Conv2d, _BatchNorm | None, nn.Conv2d, _BatchNorm | None]
 
 _DTYPES = (torch.float32, torch.float64)
 _TENSOR_TYPES = (torch.Tensor, nn.Parameter)
-_CPU = torch.device("cpu")
 
 
 class PackedCache:
@@ -76,7 +75,7 @@ def covered_tensors(
         and not _compat.has_global_hooks()
     ):
         operands = Operands(*weight_and_bias(dw), *norm_tensors(bn1), *weight_and_bias(pw), *norm_tensors(bn2))
-        if are_readable(x.dtype, operands, x.device) and (
+        if are_readable(x.dtype, operands, None if x.is_cpu else x.device) and (
             covers_training(x)
             or not (
                 any(bn is not None and uses_batch_statistics(bn) for bn in (bn1, bn2)) or wants_gradient(x, operands)
@@ -115,7 +114,7 @@ def covers_tensors(x: torch.Tensor, *tensors: torch.Tensor | None) -> bool:
         covers_map(x)
         and x.dtype in _DTYPES  # folding BN into 16-bit weights would round them
         and x.dim() in (3, 4)
-        and are_readable(x.dtype, tensors, x.device)
+        and are_readable(x.dtype, tensors, None if x.is_cpu else x.device)
         and x.shape[-3] == tensors[0].shape[0]
     )
 
@@ -152,14 +151,18 @@ def covers_map(x: torch.Tensor) -> bool:
     )
 
 
-def are_readable(dtype: torch.dtype, tensors: Sequence[torch.Tensor | None], device: torch.device = _CPU) -> bool:
-    """Whether every tensor has its numbers in memory as they are: of this type, on this device, and no subclass."""
-    on_cpu = device.type == "cpu"  # asking for a tensor's device costs more than whether it is on the CPU
+def are_readable(
+    dtype: torch.dtype, tensors: Sequence[torch.Tensor | None], device: torch.device | None = None
+) -> bool:
+    """Whether every tensor has its numbers in memory as they are: of this type, on this device, and no subclass.
+
+    Without ``device``, on the CPU, which costs less to ask.
+    """
     for tensor in tensors:  # a generator expression costs more than the checks
         if tensor is not None and not (
             type(tensor) in _TENSOR_TYPES
             and tensor.dtype is dtype
-            and (tensor.is_cpu if on_cpu else tensor.device == device)
+            and (tensor.is_cpu if device is None else tensor.device == device)
         ):
             return False
     return True
