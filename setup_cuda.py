@@ -2,7 +2,8 @@
 """The part of setup.py that builds fusedsep._C_cuda: the kernels with nvcc, without torch, then their binding.
 
 FUSEDSEP_CUDA=1 asks for it and 0 does without; left out, it is built where nvcc is found and torch is a CUDA build. It
-can be built, and imported, without a GPU and with a torch that has no CUDA.
+can be built, and imported, without a GPU and with a torch that has no CUDA. TORCH_CUDA_ARCH_LIST, such as "8.6;9.0+PTX",
+says for which processors, instead of for all.
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ SOURCES, BINDINGS = Path("csrc/cuda"), Path("csrc/bindings/cuda")
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_120")
 #: Exact arithmetic: no flag that trades it for speed.
 NVCC_FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden")
-#: The first one whose stable ABI gives the stream to launch on.
-OLDEST_TORCH = (2, 13)
 
 
 class CudaBuild(NamedTuple):
@@ -54,15 +53,12 @@ class CudaBuild(NamedTuple):
                 f"torch {torch.__version__} is built for CUDA {cuda_of_torch}, but {nvcc} is of CUDA {version}; they "
                 "must agree in the major version. FUSEDSEP_CUDA=0 builds without CUDA kernels."
             )
-        if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < OLDEST_TORCH:
-            if wish == "":
-                return None
-            raise RuntimeError(f"the CUDA kernels need torch >= 2.13 to build, found torch {torch.__version__}.")
+        targets()
         return cls(nvcc, version)
 
     def command(self, source: Path, output: Path, *flags: str) -> list[str]:
         """nvcc for every target, compiled side by side."""
-        codes = [f"-gencode=arch={target.replace('sm_', 'compute_')},code={target}" for target in TARGETS]
+        codes = [f"-gencode=arch={target.replace('sm_', 'compute_')},code={target}" for target in targets()]
         return [str(self.nvcc), *NVCC_FLAGS, *codes, "--threads=0", *flags, "-c", str(source), "-o", str(output)]
 
     def compile(self, root: Path) -> None:
@@ -85,14 +81,14 @@ class CudaBuild(NamedTuple):
         header = root / "build" / "generated" / "fusedsep_cuda_build_info.h"
         header.write_text(
             f"#define FUSEDSEP_NVCC_VERSION {json.dumps(self.version)}\n"
-            f"#define FUSEDSEP_CUDA_TARGETS_JSON {json.dumps(json.dumps(TARGETS))}\n"
+            f"#define FUSEDSEP_CUDA_TARGETS_JSON {json.dumps(json.dumps(targets()))}\n"
         )
 
     def objects(self, root: Path) -> list[Path]:
-        return [root / "build" / f"cuda-{self.version}" / f"{source.stem}.o" for source in sources(root)]
+        folder = "-".join(("cuda", self.version, *targets())) if targets() != TARGETS else f"cuda-{self.version}"
+        return [root / "build" / folder / f"{source.stem}.o" for source in sources(root)]
 
     def extension(self, cpp_extension: Any, root: Path, compile_flags: list[str], link_flags: list[str]) -> Any:
-        toolkit = self.nvcc.parent.parent
         return cpp_extension(
             "fusedsep._C_cuda",
             [str(path) for path in sorted(BINDINGS.glob("*.cpp"))],
@@ -102,14 +98,30 @@ class CudaBuild(NamedTuple):
                 for folder in (SOURCES, BINDINGS.parent, Path("csrc/kernels"))
                 for path in sorted(folder.glob("*.h"))
             ],
-            define_macros=[("TORCH_TARGET_VERSION", "0x020d000000000000")],
+            define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
             extra_compile_args=compile_flags,
             extra_objects=[str(path) for path in self.objects(root)],
             # The static runtime looks for the driver when it is first used: the extension loads where there is none.
-            library_dirs=[str(path) for name in ("lib64", "lib") if (path := toolkit / name).is_dir()],
+            library_dirs=library_folders(self.nvcc),
             libraries=["cudart_static", "dl", "rt", "pthread"],
             extra_link_args=link_flags,
         )
+
+
+def targets() -> tuple[str, ...]:
+    """Raises ``RuntimeError`` where TORCH_CUDA_ARCH_LIST is not understood."""
+    wish = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    chosen = []
+    for item in re.split(r"[; ]+", wish.strip("; ")) if wish.strip("; ") else []:
+        match = re.fullmatch(r"(\d+)\.(\d)(\+PTX)?", item)
+        if match is None:
+            raise RuntimeError(
+                f"the variable TORCH_CUDA_ARCH_LIST must hold versions such as 8.6 or 9.0+PTX, got {item!r}."
+            )
+        chosen.append(f"sm_{match[1]}{match[2]}")
+        if match[3]:
+            chosen.append(f"compute_{match[1]}{match[2]}")
+    return tuple(chosen) or TARGETS
 
 
 def sources(root: Path) -> list[Path]:
@@ -124,6 +136,13 @@ def find_nvcc() -> Path | None:
         candidates.append(Path(on_path).resolve())
     candidates += [path for folder in sys.path for path in sorted(Path(folder).glob("nvidia/cu*/bin/nvcc"))]
     return next((path for path in candidates if path.is_file()), None)
+
+
+def library_folders(nvcc: Path) -> list[str]:
+    """Where it links from; it may be a script that calls another one, so only itself can tell."""
+    command = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return re.findall(r'"-L([^"]+)"', output)
 
 
 def version_of(nvcc: Path) -> str:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from build_files import setup_cuda
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -92,12 +93,25 @@ def test_cuda_is_asked_for_without_nvcc(tmp_path):
     )
 
 
-def test_cuda_with_a_torch_that_does_not_tell_its_stream(tmp_path):
-    torch = "__version__ = '2.12.0'\nclass version: cuda = None"
-    message = message_of_setup(tmp_path, torch, FUSEDSEP_CUDA="1", **nvcc_of(tmp_path, "13.0"))
-    assert message == ("fusedsep cannot be built: the CUDA kernels need torch >= 2.13 to build, found torch 2.12.0.")
-
-
 def test_cuda_is_asked_for_in_an_unknown_way(tmp_path):
     message = message_of_setup(tmp_path, _CUDA_TORCH, FUSEDSEP_CUDA="yes")
     assert message == "fusedsep cannot be built: the variable FUSEDSEP_CUDA must be 0 or 1, got 'yes'."
+
+
+def test_targets_are_those_of_the_architectures(monkeypatch):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert setup_cuda.targets() == setup_cuda.TARGETS
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6;9.0+PTX 10.0")
+    assert setup_cuda.targets() == ("sm_86", "sm_90", "compute_90", "sm_100")
+    for wrong in ("Hopper", "90", "9.0a"):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wrong)
+        with pytest.raises(RuntimeError, match=rf"TORCH_CUDA_ARCH_LIST must hold versions .*, got '{wrong}'"):
+            setup_cuda.targets()
+
+
+def test_libraries_are_those_of_the_compiler_behind_a_script(tmp_path):
+    """An nvcc on PATH may be a script that calls another one."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("""#!/bin/sh\necho '#$ LIBRARIES=  "-L/cuda/lib/stubs" "-L/cuda/lib"' >&2\n""")
+    nvcc.chmod(0o755)
+    assert setup_cuda.library_folders(nvcc) == ["/cuda/lib/stubs", "/cuda/lib"]

@@ -7,15 +7,12 @@
 
 #include "../../cuda/forward.h"
 #include "../separable_call.h"
+#include "stream.h"
 
 namespace fusedsep {
 namespace {
 
 namespace accelerator = torch::stable::accelerator;
-
-cuda::Stream current_stream(const Place& place) {
-  return static_cast<cuda::Stream>(accelerator::getCurrentStream(place.index).nativeHandle());
-}
 
 // f(T()) for the element type.
 template <class F>
@@ -36,7 +33,7 @@ Tensor pack(const Tensor& dw_weight, const std::optional<Tensor>& dw_scale, cons
     const accelerator::DeviceGuard guard(place.index);
     const int64_t size = cuda::Packed<float>::size(call.in_channels, call.out_channels);
     Tensor packed = empty_strided<1>({size}, {1}, ScalarType::Float, place);
-    cuda::pack(call.params<T>(channels_last), packed.mutable_data_ptr<float>(), current_stream(place));
+    cuda::pack(call.params<T>(channels_last), packed.mutable_data_ptr<float>(), cuda::current_stream(place.index));
     return packed;
   });
 }
@@ -66,7 +63,7 @@ Tensor separable_conv2d(const Tensor& x, const Tensor& packed, int64_t out_chann
     params.x = static_cast<const T*>(x.const_data_ptr());
     params.y = static_cast<T*>(y.mutable_data_ptr());
     params.packed = packed.const_data_ptr<float>();
-    if (params.batch > 0) cuda::separable_forward(params, -1, cuda::current_device(), current_stream(place));
+    if (params.batch > 0) cuda::separable_forward(params, -1, cuda::current_device(), cuda::current_stream(place.index));
     return y;
   });
 }
