@@ -2,8 +2,8 @@
 """The part of setup.py that builds fusedsep._C_cuda: the kernels with nvcc, without torch, then their binding.
 
 FUSEDSEP_CUDA=1 asks for it and 0 does without; left out, it is built where nvcc is found and torch is a CUDA build. It
-can be built, and imported, without a GPU and with a torch that has no CUDA. TORCH_CUDA_ARCH_LIST, such as "8.6;9.0+PTX",
-says for which processors, instead of for all.
+can be built, and imported, without a GPU and with a torch that has no CUDA.
+TORCH_CUDA_ARCH_LIST, such as "8.6;9.0+PTX", says for which processors instead of for all.
 """
 
 from __future__ import annotations

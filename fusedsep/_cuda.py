@@ -23,11 +23,17 @@ def covers(x: torch.Tensor) -> bool:
     return x.dtype in _DTYPES and not torch.is_autocast_enabled("cuda")
 
 
-def packed_size(in_channels: int, out_channels: int) -> int:
+@torch.compiler.assume_constant_result
+def allows_tf32() -> bool:
+    """Whether the user lets convolutions of float32 on a GPU multiply in TF32, as torch does unless told otherwise."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def packed_size(in_channels: int, out_channels: int, element_size: int) -> int:
     """Elements of packed weights on a GPU."""
     if _kernels is None:
         raise RuntimeError(f"fusedsep::pack cannot run on a GPU: {_reason}")
-    return _kernels.packed_size(in_channels, out_channels)
+    return _kernels.packed_size(in_channels, out_channels, element_size)
 
 
 def state() -> str:

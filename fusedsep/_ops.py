@@ -11,6 +11,7 @@ from . import _C, _cuda
 from ._padding import output_size
 
 pack = torch.ops.fusedsep.pack.default
+pack_modules = torch.ops.fusedsep.pack_modules.default
 separable_conv2d = torch.ops.fusedsep.separable_conv2d.default
 chain = torch.ops.fusedsep.chain.default
 separable_conv2d_training = torch.ops.fusedsep.separable_conv2d_training.default
@@ -86,7 +87,7 @@ class Settings(NamedTuple):
 @torch.library.register_fake("fusedsep::pack")
 def _(dw_weight, dw_scale, dw_bias, pw_weight, pw_scale, pw_bias, channels_last):  # type: ignore[no-untyped-def]
     if dw_weight.device.type == "cuda":
-        size = _cuda.packed_size(dw_weight.shape[0], pw_weight.shape[0])
+        size = _cuda.packed_size(dw_weight.shape[0], pw_weight.shape[0], dw_weight.element_size())
         return dw_weight.new_empty(size, dtype=torch.float32)
     size = _C.packed_size(
         dw_weight.shape[0], pw_weight.shape[0], channels_last, 4 if dw_weight.dtype == torch.float32 else 8
@@ -94,10 +95,17 @@ def _(dw_weight, dw_scale, dw_bias, pw_weight, pw_scale, pw_bias, channels_last)
     return dw_weight.new_empty(size)
 
 
+@torch.library.register_fake("fusedsep::pack_modules")
+def _(*operands_and_eps):  # type: ignore[no-untyped-def]
+    operands = Operands(*operands_and_eps[:12])
+    weight = operands.dw_weight
+    size = _cuda.packed_size(weight.shape[0], operands.pw_weight.shape[0], weight.element_size())
+    return weight.new_empty(size, dtype=torch.float32)
+
+
 @torch.library.register_fake("fusedsep::separable_conv2d")
-def _(x, packed, out_channels, *geometry_and_activations):  # type: ignore[no-untyped-def]
-    *geometry, _, _, channels_last = geometry_and_activations
-    return _map(x, out_channels, *geometry, channels_last)
+def _(x, packed, out_channels, *others):  # type: ignore[no-untyped-def]
+    return _map(x, out_channels, *others[:6], others[8])
 
 
 @torch.library.register_fake("fusedsep::chain")

@@ -55,6 +55,7 @@ def run(case, operands, channels_last, type_name="float32"):
         ACTIVATION_CODES[case.activation],
         ACTIVATION_CODES[case.pointwise_activation],
         channels_last,
+        _cuda.allows_tf32(),
     )
     assert y.dtype == dtype
     return y.float().cpu().numpy()
@@ -71,6 +72,18 @@ def test_error_is_within_its_bound(case, type_name, channels_last):
 
 @FORMATS
 @pytest.mark.parametrize("case", cases.LAYERS, ids=str)
+def test_tf32_where_it_is_allowed(case, channels_last, monkeypatch):
+    operands = cases.operands(case)
+    expected = cases.reference(case, operands)
+    exact = run(case, operands, channels_last)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    y = run(case, operands, channels_last)
+    within_bound(y, case, operands, "float32", expected, allow_tf32=True)
+    assert abs(y - expected).max() > 4 * abs(exact - expected).max()
+
+
+@FORMATS
+@pytest.mark.parametrize("case", cases.LAYERS, ids=str)
 def test_error_is_that_of_aten(case, channels_last):
     operands = cases.operands(case)
     expected = cases.reference(case, operands)
@@ -79,8 +92,8 @@ def test_error_is_that_of_aten(case, channels_last):
         for name, value in (("dw", operands.dw_weight[:, None]), ("pw", operands.pw_weight[:, :, None, None])):
             getattr(block, name).weight.copy_(torch.from_numpy(value))
         for norm, bias in ((block.bn1, operands.dw_bias), (block.bn2, operands.pw_bias)):
-            norm.eps = 0.0
             norm.reset_parameters()
+            norm.running_var.fill_(1 - norm.eps)
             norm.bias.copy_(torch.from_numpy(bias))
         theirs = abs(block(torch.from_numpy(operands.x).cuda()).cpu().numpy() - expected).max()
     ours = abs(run(case, operands, channels_last) - expected).max()
@@ -259,14 +272,14 @@ def test_more_than_two_to_the_31_elements(channels_last):
 
 def test_bad_arguments():
     block, _ = blocks()
-    with pytest.raises(RuntimeError, match="device"):
+    with pytest.raises(ValueError, match="x must be on the device of the weights, cuda:0, got cpu"):
         block.cuda()(torch.randn(3, 24, 13, 11))
     x = torch.randn(1, 24, 8, 8, device="cuda")
     with pytest.raises(RuntimeError, match="packed must be what fusedsep::pack returned on the device of x"):
         _ops.separable_conv2d(x, torch.zeros(8, device="cuda"), 40, 1, 1, 1, 1, 1, 1, 0, 0, False)
     with pytest.raises(RuntimeError, match="x must be float32, float16 or bfloat16"):
         _ops.separable_conv2d(
-            x.double(), torch.zeros(_cuda.packed_size(24, 40), device="cuda"), 40, 1, 1, 1, 1, 1, 1, 0, 0, False
+            x.double(), torch.zeros(_cuda.packed_size(24, 40, 4), device="cuda"), 40, 1, 1, 1, 1, 1, 1, 0, 0, False
         )
-    with pytest.raises(RuntimeError, match=r"fewer than 2\^30 rows and columns"):
+    with pytest.raises(RuntimeError, match=r"fewer than 2\^30 images, rows and columns"):
         _ops.separable_conv2d(x, torch.zeros(8, device="cuda"), 40, 1, 1, 1, 1, 1 << 30, 1, 0, 0, False)

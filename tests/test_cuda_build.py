@@ -97,11 +97,11 @@ def test_the_extension_loads_and_reports_its_kernels():
 
 @pytest.mark.needs_cuda_build
 def test_packed_weights_have_the_size_that_the_kernels_read():
-    assert _cuda.packed_size(5, 7) == 9 * 32 + 3 * 32 + 32 * 32 + 3 * 32
+    assert _cuda.packed_size(5, 7, 4) == 2 * 32 + 2 * 32 + (9 + 7) * 32
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=False):
         dw_weight, pw_weight = torch.empty(5, 1, 3, 3, device="cuda"), torch.empty(7, 5, 1, 1, device="cuda")
         packed = torch.ops.fusedsep.pack(dw_weight, None, None, pw_weight, None, None, False)
-        assert packed.shape == (_cuda.packed_size(5, 7),)
+        assert packed.shape == (_cuda.packed_size(5, 7, 4),)
         x = torch.empty(2, 5, 9, 8, device="cuda", dtype=torch.float16)
         y = torch.ops.fusedsep.separable_conv2d(x, packed, 7, 2, 1, 1, 1, 1, 1, 0, 0, True)
         assert (y.shape, y.dtype) == ((2, 7, 5, 4), torch.float16)

@@ -16,10 +16,12 @@ import pytest
 import tolerance
 from cases import ACTIVATION_CODES, Case
 from cuda_emulated import (
-    SHAPES,
+    PLANS,
     TYPES,
+    chosen_plan,
     compile_for_host,
     library,
+    packed_size,
     rounded,
     separable_conv2d,
     within_bound,
@@ -27,7 +29,7 @@ from cuda_emulated import (
 )
 
 FORMATS = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
-#: Partial tiles of pixels and of channels in every shape; several images in a tile; vectors that do not fit.
+#: Partial tiles of pixels and of channels in every plan; several images in a tile; vectors that do not fit.
 TILED = [
     Case(20, 150, 13, 11, batch=2),
     Case(33, 66, 12, 12, batch=3, pointwise_activation="hardswish"),
@@ -54,16 +56,26 @@ def test_16_bit_types(case, type_name, channels_last):
 
 
 @FORMATS
-@pytest.mark.parametrize("type_name", TYPES)
+@pytest.mark.parametrize("case", [*cases.CHANNELS, *cases.ACTIVATIONS, *TILED], ids=str)
+def test_tf32(case, channels_last):
+    operands = cases.operands(case)
+    y = separable_conv2d(case, operands, channels_last, allow_tf32=True)
+    within_bound(y, case, operands, "float32", cases.reference(case, operands), allow_tf32=True)
+
+
+@FORMATS
+@pytest.mark.parametrize("type_name", [*TYPES, "tf32"])
 @pytest.mark.parametrize("case", TILED, ids=str)
-def test_same_bits_in_every_shape_and_order_of_threads(case, type_name, channels_last):
+def test_same_bits_by_every_plan_and_in_every_order_of_threads(case, type_name, channels_last):
+    allow_tf32 = type_name == "tf32"
+    type_name = "float32" if allow_tf32 else type_name
     operands = rounded(cases.operands(case), type_name)
-    expected = separable_conv2d(case, operands, channels_last, type_name)
-    within_bound(expected, case, operands, type_name, cases.reference(case, operands))
-    for shape in SHAPES:
+    expected = separable_conv2d(case, operands, channels_last, type_name, allow_tf32=allow_tf32)
+    within_bound(expected, case, operands, type_name, cases.reference(case, operands), allow_tf32)
+    for plan in PLANS:
         for thread_order in (0, 1, 7):
-            y = separable_conv2d(case, operands, channels_last, type_name, shape, thread_order)
-            assert y.tobytes() == expected.tobytes(), f"{shape=} {thread_order=}"
+            y = separable_conv2d(case, operands, channels_last, type_name, plan, allow_tf32, thread_order)
+            assert y.tobytes() == expected.tobytes(), f"{plan} {thread_order=}"
 
 
 @FORMATS
@@ -101,8 +113,6 @@ def test_any_offset_in_memory(type_name, channels_last):
     for offset in (1, 2, 3):
 
         def moved(array, offset=offset):
-            if array.dtype == np.float32 and array.ndim == 1:  # packed weights are the package's own
-                return array.copy()
             buffer = np.empty(array.size + offset, array.dtype)
             buffer[offset:] = array.ravel()
             return buffer[offset:].reshape(array.shape)
@@ -123,11 +133,37 @@ def test_scales_of_batch_norm():
     tolerance.assert_within_bound(y, case, folded, np.float32, cases.reference(case, folded))
 
 
+@pytest.mark.parametrize("absent", [(), (0,), (1, 2), (1, 2, 3, 4), (0, 1, 2, 3, 4)], ids=str)
+def test_pack_folds_the_tensors_of_modules(absent):
+    """As scale and shift computed in float64 are packed; ``absent`` are tensors of NormTensors, in their order."""
+    c, o, eps = 10, 11, np.array([1e-5, 1e-3])
+    random = np.random.default_rng(2)
+    dw_weight, pw_weight = (random.standard_normal(shape).astype(np.float32) for shape in ((c, 3, 3), (o, c)))
+    norms, affines = [], []
+    for channels, epsilon in zip((c, o), eps, strict=True):
+        tensors = [random.uniform(0.5, 2, channels).astype(np.float32) for _ in range(5)]
+        wide = [tensor.astype(np.float64) for tensor in tensors]
+        bias, weight, shift, mean, var = (
+            default if i in absent else tensor
+            for i, (tensor, default) in enumerate(zip(wide, (0, 1, 0, 0, 1 - epsilon), strict=True))
+        )
+        scale = weight / np.sqrt(var + epsilon) * np.ones(channels)
+        affines += [scale, shift + (bias - mean) * scale]
+        norms += [None if i in absent else tensor for i, tensor in enumerate(tensors)]
+    expected, packed = (np.full(packed_size(c, o), np.nan, np.float32) for _ in range(2))
+    scales = dw_weight, affines[0], affines[1], pw_weight, affines[2], affines[3]
+    cuda_emulated._call("pack", 0, *scales, c, o, expected)
+    addresses = (ctypes.c_void_p * 10)(*(None if tensor is None else tensor.ctypes.data for tensor in norms))
+    cuda_emulated._call("pack_modules", 0, dw_weight, pw_weight, addresses, eps, c, o, packed)
+    assert packed.tobytes() == expected.tobytes()
+
+
 def test_packed_weights_are_written_whole():
     """What lies behind the last channel is zero: products add it up."""
-    kernels, c, o = library(), 5, 7
-    size = kernels.packed_size(ctypes.c_int64(c), ctypes.c_int64(o))
-    assert size == 9 * 32 + 3 * 32 + 32 * 32 + 3 * 32
+    c, o = 5, 7
+    size = packed_size(c, o)
+    assert size == 2 * 32 + 2 * 32 + 9 * 32 + 32 * o
+    assert packed_size(c, o, "float16") == 4 * 32 + (9 * 32 + 32 * o) // 2
     packed = np.full(size, np.nan, np.float32)
     dw_weight, pw_weight = np.ones((c, 3, 3), np.float32), np.ones((o, c), np.float32)
     cuda_emulated._call("pack", 0, dw_weight, None, None, pw_weight, None, None, c, o, packed)
@@ -152,17 +188,52 @@ def test_16_bit_types_round_to_nearest_even(type_name):
     assert np.isnan(actual[~finite]).all()
 
 
-def test_the_cheapest_shape():
-    """Large maps take large tiles; small ones are spread over the multiprocessors by channels."""
+def test_the_cheapest_plan():
+    """Few pixels are spread over the multiprocessors by channels; many are multiplied in large tiles.
 
-    def shape(pixels, columns, multiprocessors=80):
-        return library().choose_shape(*map(ctypes.c_int64, (pixels, columns, 4, 1, multiprocessors)))
+    h goes through memory where its stage costs a block more than a second kernel does.
+    """
+    wide = chosen_plan(Case(1024, 1024, 7, 7), True)
+    assert (wide.shape, wide.fused) == (0, False)
+    batch = chosen_plan(Case(128, 128, 56, 56, batch=32), True, "float16")
+    assert (batch.shape, batch.fused) == (2, False)
+    assert chosen_plan(Case(32, 64, 56, 56), True).fused
+    assert (
+        chosen_plan(Case(16, 32, 14, 14), True, multiprocessors=1).shape
+        >= chosen_plan(Case(16, 32, 14, 14), True).shape
+    )
 
-    assert shape(32 * 56 * 56, 128) == 2
-    assert shape(7 * 7, 1024) == 0
-    assert shape(7 * 7, 16) == 0
-    assert shape(112 * 112, 64) == 1
-    assert [shape(14 * 14, 512, n) for n in (1, 1000)] == [2, 0]
+
+def test_h_of_many_channels_is_not_kept_in_shared_memory():
+    assert not any(chosen_plan(Case(8192, 8, 4, 4), fmt, name).fused for fmt in (True, False) for name in TYPES)
+
+
+@pytest.mark.parametrize("type_name", TYPES)
+def test_products_of_a_warp(type_name):
+    """32 rows by 16 columns of one step of k."""
+    k = 8 if type_name == "float32" else 16
+    a, b = np.random.default_rng(0).standard_normal((2, 32, k)).astype(np.float32)
+    a, b = (cuda_emulated.bits_of(array, type_name) for array in (a, b[:16]))
+    sums = np.empty((32, 16), np.float32)
+    cuda_emulated._call("multiply_step", TYPES[type_name][0], a, b, sums)
+    a, b = (tf32(array) if type_name == "float32" else cuda_emulated.numbers_of(array, type_name) for array in (a, b))
+    np.testing.assert_allclose(sums, a.astype(np.float64) @ b.T, rtol=0, atol=1e-5)
+
+
+def tf32(values):
+    rounded_values = np.empty_like(values)
+    address = cuda_emulated._address
+    library().round_to_tf32(address(values), address(rounded_values), ctypes.c_int64(values.size))
+    return rounded_values
+
+
+def test_tf32_rounds_to_nearest():
+    values = np.random.default_rng(0).standard_normal(20000).astype(np.float32)
+    scale = 2.0 ** (np.floor(np.log2(np.abs(values.astype(np.float64)))) - 10)  # a unit of the last of 11 bits
+    expected = np.sign(values) * np.floor(np.abs(values) / scale + 0.5) * scale
+    assert np.array_equal(tf32(values), expected.astype(np.float32))
+    special = np.array([0, -0.0, np.inf, -np.inf, np.nan], np.float32)
+    assert tf32(special).tobytes() == special.tobytes()
 
 
 def run_program(path):
@@ -170,10 +241,10 @@ def run_program(path):
 
 
 def test_the_emulation_finds_what_is_wrong(tmp_path):
-    """A missing barrier, a barrier that some threads do not reach, shared memory that was not written."""
+    """A barrier missing or not reached by all; shared memory not written; an asynchronous copy not waited for."""
     compile_for_host("faults.cpp", tmp_path / "faults", "-O1")
     finished = run_program(tmp_path / "faults")
-    assert finished.stdout.split() == ["right", "barrier:found", "divergence:found", "unwritten:found"]
+    assert finished.stdout.split() == ["right", "barrier:found", "divergence:found", "unwritten:found", "wait:found"]
 
 
 def test_no_data_race_in_threads(tmp_path):

@@ -68,7 +68,7 @@ Tensor separable_conv2d_as(const Tensor& x, const Tensor& packed, int64_t out_ch
 
 Tensor separable_conv2d(const Tensor& x, const Tensor& packed, int64_t out_channels, int64_t stride, int64_t dilation,
                         int64_t pad_left, int64_t pad_right, int64_t pad_top, int64_t pad_bottom, int64_t activation,
-                        int64_t pointwise_activation, bool channels_last) {
+                        int64_t pointwise_activation, bool channels_last, bool /* allow_tf32: on a GPU */) {
   const Geometry geometry{stride, dilation, pad_left, pad_right, pad_top, pad_bottom, activation, pointwise_activation};
   check_separable_conv2d(x, out_channels, geometry, channels_last, Place::cpu());
   if (x.scalar_type() == ScalarType::Float) {
@@ -85,10 +85,15 @@ STABLE_TORCH_LIBRARY(fusedsep, m) {
   m.def(
       "pack(Tensor dw_weight, Tensor? dw_scale, Tensor? dw_bias, Tensor pw_weight, Tensor? pw_scale, Tensor? pw_bias, "
       "bool channels_last) -> Tensor");
+  // On a GPU alone: `pack` with the BN of the modules folded, in one launch.
+  m.def(
+      "pack_modules(Tensor dw_weight, Tensor? dw_bias, Tensor? bn1_weight, Tensor? bn1_bias, Tensor? bn1_mean, "
+      "Tensor? bn1_var, Tensor pw_weight, Tensor? pw_bias, Tensor? bn2_weight, Tensor? bn2_bias, Tensor? bn2_mean, "
+      "Tensor? bn2_var, float bn1_eps, float bn2_eps) -> Tensor");
   m.def(
       "separable_conv2d(Tensor x, Tensor packed, int out_channels, int stride, int dilation, int pad_left, "
-      "int pad_right, int pad_top, int pad_bottom, int activation, int pointwise_activation, bool channels_last) "
-      "-> Tensor");
+      "int pad_right, int pad_top, int pad_bottom, int activation, int pointwise_activation, bool channels_last, "
+      "bool allow_tf32=False) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedsep, CPU, m) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "device.h"
 #include "forward.h"
@@ -11,11 +12,12 @@
 namespace fusedsep {
 namespace cuda {
 
-// Elements that are read or written at once where addresses allow it: 16 bytes of float, 8 of the 16-bit types.
-constexpr int kVector = 4;
+// 16 bytes: what is read or written at once where addresses allow it.
 template <typename T>
-struct alignas(kVector * sizeof(T)) Vector {
-  T values[kVector];
+constexpr int kWide = 16 / int(sizeof(T));
+template <typename T, int kCount = kWide<T>>
+struct alignas(kCount * sizeof(T)) Vector {
+  T values[kCount];
 };
 
 FUSEDSEP_DEVICE uint32_t bits_of(float value) {
@@ -70,52 +72,67 @@ FUSEDSEP_DEVICE float16 from_float<float16>(float value) {
 #endif
 }
 
-// kVector neighbours: at once where `aligned`, otherwise the first `count` of them; the others are zero.
+// Two neighbours at once, as one instruction where there is one.
 template <typename T>
-FUSEDSEP_DEVICE void load(const T* from, bool aligned, int64_t count, float (&values)[kVector]) {
-  if (aligned && count >= kVector) {
-    const Vector<T> vector = *reinterpret_cast<const Vector<T>*>(from);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) values[i] = to_float(vector.values[i]);
+FUSEDSEP_DEVICE void from_floats(float first, float second, T* to) {
+#ifdef __CUDACC__
+#if __CUDA_ARCH__ >= 800
+  if constexpr (sizeof(T) == 2) {
+    uint32_t bits;
+    if constexpr (std::is_same_v<T, float16>) {
+      asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+    } else {
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+    }
+    *reinterpret_cast<uint32_t*>(to) = bits;
     return;
   }
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) values[i] = i < count ? to_float(from[i]) : 0.0f;
+#endif
+#endif
+  to[0] = from_float<T>(first);
+  to[1] = from_float<T>(second);
 }
-template <typename T>
-FUSEDSEP_DEVICE void store(T* to, bool aligned, int64_t count, const float (&values)[kVector]) {
-  if (aligned && count >= kVector) {
-    Vector<T> vector;
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) vector.values[i] = from_float<T>(values[i]);
-    *reinterpret_cast<Vector<T>*>(to) = vector;
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    if (i < count) to[i] = from_float<T>(values[i]);
-  }
-}
+
 template <typename T>
 bool is_vector_aligned(const T* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % sizeof(Vector<T>) == 0;
 }
+template <int kCount, typename T>
+FUSEDSEP_DEVICE Vector<T, kCount> load(const T* from) {
+  return *reinterpret_cast<const Vector<T, kCount>*>(from);
+}
+template <typename T>
+FUSEDSEP_DEVICE Vector<T> load(const T* from) {
+  return load<kWide<T>>(from);
+}
+template <typename T, int kCount>
+FUSEDSEP_DEVICE void store(T* to, const Vector<T, kCount>& vector) {
+  *reinterpret_cast<Vector<T, kCount>*>(to) = vector;
+}
 
-// act(x) and g * act'(x), as csrc/kernels/activation-inl.h has them; NaN stays NaN.
+// As csrc/kernels/activation-inl.h has them; NaN stays NaN.
 FUSEDSEP_DEVICE float above_zero(float x) { return x <= 0 ? 0.0f : x; }
 FUSEDSEP_DEVICE float up_to_six(float x) { return x >= 6 ? 6.0f : x; }
-FUSEDSEP_DEVICE float activate(Activation activation, float x) {
-  switch (activation) {
-    case Activation::kNone:
-      return x;
-    case Activation::kRelu:
-      return above_zero(x);
-    case Activation::kRelu6:
-      return up_to_six(above_zero(x));
-    case Activation::kHardswish:
-      return x * (up_to_six(above_zero(x + 3)) * (1.0f / 6));
+FUSEDSEP_DEVICE float hardswish(float x) { return x * (up_to_six(above_zero(x + 3)) * (1.0f / 6)); }
+
+// act(x * scale + shift) of neighbours. The others than hardswish are one pair of bounds.
+template <int kCount>
+FUSEDSEP_DEVICE void normalize(Activation activation, const float (&scale)[kCount], const float (&shift)[kCount],
+                               float (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i] = fmaf(values[i], scale[i], shift[i]);
+  if (activation == Activation::kHardswish) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = hardswish(values[i]);
+    return;
   }
-  return x;
+  const float low = activation == Activation::kNone ? float_of(0xff800000) : 0.0f;  // -inf
+  const float high = activation == Activation::kRelu6 ? 6.0f : float_of(0x7f800000);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const float bounded = values[i] <= low ? low : values[i];
+    values[i] = bounded >= high ? high : bounded;
+  }
 }
 
 }  // namespace cuda

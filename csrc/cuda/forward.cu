@@ -1,23 +1,38 @@
 // SPDX-License-Identifier: BSD-3-Clause
+#include <memory>
+#include <mutex>
+#include <vector>
+
 #include "forward-inl.h"
 
 namespace fusedsep::cuda {
 
-Device current_device() {
-  int device = 0, multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+const Device& device_of(int index) {
+  static std::mutex mutex;
+  static std::vector<std::unique_ptr<Device>> devices;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (devices.size() <= size_t(index)) devices.resize(size_t(index) + 1);
+  if (devices[size_t(index)] == nullptr) {
+    const auto attribute = [&](cudaDeviceAttr which) {
+      int value = 0;
+      check(cudaDeviceGetAttribute(&value, which, index));
+      return int64_t(value);
+    };
+    devices[size_t(index)].reset(new Device{attribute(cudaDevAttrMultiProcessorCount),
+                                            attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                                            attribute(cudaDevAttrComputeCapabilityMajor) >= 8});
   }
-  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
-  return {multiprocessors};
+  return *devices[size_t(index)];
 }
 
-template void pack(const PackParams<float>&, float*, Stream);
-template void pack(const PackParams<float16>&, float*, Stream);
-template void pack(const PackParams<bfloat16>&, float*, Stream);
-template void separable_forward(const SeparableParams<float>&, int, const Device&, Stream);
-template void separable_forward(const SeparableParams<float16>&, int, const Device&, Stream);
-template void separable_forward(const SeparableParams<bfloat16>&, int, const Device&, Stream);
+#define FUSEDSEP_FORWARD(T)                                                  \
+  template void pack(const PackParams<T>&, float*, Stream);                  \
+  template void pack(const ModuleTensors<T>&, float*, Stream);               \
+  template Plan plan_of(const SeparableParams<T>&, bool, const Device&);     \
+  template int64_t scratch_elements(const SeparableParams<T>&, const Plan&); \
+  template void separable_forward(const SeparableParams<T>&, const Plan&, bool, const Device&, T*, Stream);
+FUSEDSEP_FORWARD(float)
+FUSEDSEP_FORWARD(float16)
+FUSEDSEP_FORWARD(bfloat16)
 
 }  // namespace fusedsep::cuda

@@ -2,15 +2,17 @@
 //
 // Weights as the kernels of this folder read them, the same for both memory formats:
 //
-//   taps    [9][C']     depthwise weights                 affine1 [3][C']   center, scale, shift
-//   product [C'][O']    pointwise weights, transposed     affine2 [3][O']
+//   taps    [9][C']   depthwise weights, T     affine1 [2][C']   scale, shift; float
+//   product [O][C']   pointwise weights, T     affine2 [2][O']   the same
 //
-// with u = (d - center1) * scale1 + shift1 and t = (p - center2) * scale2 + shift2 as in csrc/kernels/training.h: BN is
-// not folded into the weights, which may have fewer bits than the numbers around them. C' and O' are channels rounded
-// up to kChannelPadding; everything behind the last channel is zero.
+// with u = d * scale1 + shift1 and t = p * scale2 + shift2: BN is not folded into the weights, which may have fewer
+// bits than the numbers around them. C' and O' are channels rounded up to kChannelPadding; everything behind the last
+// channel is zero.
 #pragma once
 
-#include "../kernels/training.h"
+#include <type_traits>
+
+#include "types.h"
 
 namespace fusedsep::cuda {
 
@@ -19,22 +21,17 @@ constexpr int64_t padded(int64_t channels) {
   return (channels + kChannelPadding - 1) / kChannelPadding * kChannelPadding;
 }
 
-template <class W>  // float or const float
+// Memory is counted in floats and aligned to 16 bytes. T may be const.
+template <typename T>
 struct Packed {
-  W *taps, *product, *affine1, *affine2;
+  using Float = std::conditional_t<std::is_const_v<T>, const float, float>;
+  Float *affine1, *affine2;
+  T *taps, *product;
   int64_t in_padded, out_padded;
 
-  constexpr Packed(W* memory, int64_t in_channels, int64_t out_channels)
-      : taps(memory),
-        product(taps + 9 * padded(in_channels)),
-        affine1(product + padded(in_channels) * padded(out_channels)),
-        affine2(affine1 + 3 * padded(in_channels)),
-        in_padded(padded(in_channels)),
-        out_padded(padded(out_channels)) {}
-
   static constexpr int64_t size(int64_t in_channels, int64_t out_channels) {
-    const int64_t in = padded(in_channels), out = padded(out_channels);
-    return (9 + 3 + out) * in + 3 * out;
+    const int64_t in = padded(in_channels);
+    return 2 * in + 2 * padded(out_channels) + in * (9 + out_channels) * int64_t(sizeof(T)) / 4;
   }
 };
 

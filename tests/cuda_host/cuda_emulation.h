@@ -7,6 +7,7 @@
 // that a missing barrier changes results. With -DEMULATE_WITH_THREADS they are threads, for ThreadSanitizer.
 // Shared memory is an allocation of its own for every block, filled with NaN: AddressSanitizer sees what leaves it, and
 // what was never written shows up in results. A barrier that not every thread of the block reaches is an error.
+// An asynchronous copy happens when its thread waits for it, as late as it may.
 // Not modelled: warps, the order of memory accesses, time.
 #pragma once
 
@@ -22,7 +23,6 @@
 #include <vector>
 #ifdef EMULATE_WITH_THREADS
 #include <barrier>
-#include <mutex>
 #include <thread>
 #else
 #include <sys/mman.h>
@@ -50,23 +50,13 @@ inline Index3 block_index, block_size, grid_size;
 inline thread_local Index3 thread_index;
 
 inline std::unique_ptr<unsigned char[]> shared;
-#ifdef EMULATE_WITH_THREADS
-inline std::mutex shared_mutex;
-#endif
 
-// The block's shared memory: the first thread that asks allocates it.
-template <class Type>
-Type& shared_memory() {
-#ifdef EMULATE_WITH_THREADS
-  const std::lock_guard<std::mutex> lock(shared_mutex);
-#endif
-  static_assert(alignof(Type) <= 16 && sizeof(Type) <= 48 * 1024, "what every device offers without asking for more");
-  if (shared == nullptr) {
-    shared.reset(new unsigned char[sizeof(Type)]);
-    std::memset(shared.get(), 0xff, sizeof(Type));
-  }
-  return *reinterpret_cast<Type*>(shared.get());
-}
+// Asynchronous copies of a thread that it has not waited for, in groups, the last of which is still open.
+struct AsyncCopy {
+  void* to;
+  const void* from;  // null: zeros
+};
+inline std::vector<std::vector<std::vector<AsyncCopy>>> copies;
 
 #ifdef EMULATE_WITH_THREADS
 
@@ -201,19 +191,46 @@ inline void run_block(int count, const std::function<void()>& kernel) {
     static const char place = 0;       \
     fusedsep::emulation::wait(&place); \
   } while (false)
-#define FUSEDSEP_SHARED(Type, name) Type& name = fusedsep::emulation::shared_memory<Type>()
+#define FUSEDSEP_SHARED(name) unsigned char* const name = fusedsep::emulation::shared.get()
 
 namespace fusedsep::cuda {
 
+constexpr int64_t kSharedBytesEverywhere = 48 * 1024;
+
+inline void copy_async(void* to, const void* from, bool valid) {
+  emulation::copies[threadIdx.x].back().push_back({to, valid ? from : nullptr});
+}
+inline void end_group() { emulation::copies[threadIdx.x].emplace_back(); }
+template <int kGroups>
+void wait_for_groups() {
+  auto& groups = emulation::copies[threadIdx.x];
+  while (groups.size() > kGroups + 1) {
+    for (const auto& copy : groups.front()) {
+      copy.from == nullptr ? std::memset(copy.to, 0, 16) : std::memcpy(copy.to, copy.from, 16);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t, const Arguments&... arguments) {
-  if (blocks > INT32_MAX || threads < 1 || threads > 1024) throw std::logic_error("CUDA could not launch this");
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, cudaStream_t,
+            const Arguments&... arguments) {
+  if (blocks > INT32_MAX || threads < 1 || threads > 1024 || shared_bytes > 227 * 1024) {
+    throw std::logic_error("CUDA could not launch this");
+  }
   emulation::grid_size = {unsigned(blocks), 1, 1};
   emulation::block_size = {unsigned(threads), 1, 1};
   for (int64_t block = 0; block < blocks; ++block) {
     emulation::block_index = {unsigned(block), 0, 0};
-    emulation::shared.reset();
+    emulation::shared.reset(new unsigned char[size_t(shared_bytes)]);
+    std::memset(emulation::shared.get(), 0xff, size_t(shared_bytes));
+    emulation::copies.assign(size_t(threads), {{}});
     emulation::run_block(threads, [&] { kernel(arguments...); });
+    for (const auto& groups : emulation::copies) {
+      for (const auto& group : groups) {
+        if (!group.empty()) throw std::logic_error("a thread ended with a copy under way");
+      }
+    }
   }
 }
 

@@ -8,25 +8,32 @@
 namespace {
 
 constexpr int kThreads = 64;
-struct Shared {
-  float values[kThreads];
-};
 
-enum Fault { kNone, kNoBarrier, kDivergentBarrier, kUnwritten };
+enum Fault { kNone, kNoBarrier, kDivergentBarrier, kUnwritten, kNoWait };
 
 // Reverses the numbers of its threads.
 __global__ void reverse(Fault fault, float* to) {
-  FUSEDSEP_SHARED(Shared, shared);
+  FUSEDSEP_SHARED(shared);
+  float* const values = reinterpret_cast<float*>(shared);
   const int i = int(threadIdx.x);
-  if (fault != kUnwritten || i != 3) shared.values[i] = float(i);
-  if (fault == kNone || fault == kUnwritten || (fault == kDivergentBarrier && i < kThreads / 2)) __syncthreads();
-  to[i] = shared.values[kThreads - 1 - i];
+  if (fault == kNoWait && i == 0) {
+    alignas(16) static const float from[4] = {0, 1, 2, 3};
+    fusedsep::cuda::copy_async(values, from, true);
+    fusedsep::cuda::end_group();
+    fusedsep::cuda::wait_for_groups<1>();
+  } else if ((fault != kUnwritten || i != 3) && (fault != kNoWait || i >= 4)) {
+    values[i] = float(i);
+  }
+  if (fault == kNone || fault == kUnwritten || fault == kNoWait || (fault == kDivergentBarrier && i < kThreads / 2))
+    __syncthreads();
+  to[i] = values[kThreads - 1 - i];
+  fusedsep::cuda::wait_for_groups<0>();
 }
 
 bool is_right(Fault fault, int thread_order) {
   fusedsep::emulation::thread_order = thread_order;
   float result[kThreads];
-  fusedsep::cuda::launch(reverse, 1, kThreads, nullptr, fault, &result[0]);
+  fusedsep::cuda::launch(reverse, 1, kThreads, kThreads * int64_t(sizeof(float)), nullptr, fault, &result[0]);
   for (int i = 0; i < kThreads; ++i) {
     if (result[i] != float(kThreads - 1 - i)) return false;
   }
@@ -48,5 +55,6 @@ int main() {
   std::printf(is_right(kNone, 0) && is_right(kNone, 1) && is_right(kNone, 7) ? "right " : "wrong ");
   std::printf("barrier:%s ", is_right(kNoBarrier, 0) && is_right(kNoBarrier, 1) ? "missed" : "found");
   std::printf("divergence:%s ", throws(kDivergentBarrier) ? "found" : "missed");
-  std::printf("unwritten:%s\n", is_right(kUnwritten, 0) ? "missed" : "found");
+  std::printf("unwritten:%s ", is_right(kUnwritten, 0) ? "missed" : "found");
+  std::printf("wait:%s\n", is_right(kNoWait, 0) && is_right(kNoWait, 1) ? "missed" : "found");
 }

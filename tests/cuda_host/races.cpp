@@ -10,25 +10,28 @@ namespace {
 using namespace fusedsep;
 
 template <typename T>
-void run(bool channels_last, int shape) {
-  constexpr int64_t kIn = 20, kOut = 40, kHeight = 5, kWidth = 6, kBatch = 2;
+void run(bool channels_last, bool allow_tf32, const cuda::Plan& plan) {
+  constexpr int64_t kIn = 48, kOut = 136, kHeight = 5, kWidth = 8, kBatch = 2;
   const std::vector<T> x(kBatch * kIn * kHeight * kWidth), taps(kIn * 9), product(kIn * kOut);
-  std::vector<T> y(kBatch * kOut * kHeight * kWidth);
-  std::vector<float> packed(size_t(cuda::Packed<float>::size(kIn, kOut)));
+  std::vector<T> y(kBatch * kOut * kHeight * kWidth), scratch(kBatch * kHeight * kWidth * cuda::padded(kIn));
+  std::vector<float> packed(size_t(cuda::Packed<T>::size(kIn, kOut)));
   cuda::pack<T>({taps.data(), nullptr, nullptr, product.data(), nullptr, nullptr, kIn, kOut, channels_last},
                 packed.data(), nullptr);
   cuda::separable_forward<T>({x.data(), y.data(), packed.data(), kBatch, kIn, kHeight, kWidth, kOut, kHeight, kWidth, 1,
                               1, 1, 1, channels_last, Activation::kRelu, Activation::kRelu},
-                             shape, {1}, nullptr);
+                             plan, allow_tf32, {1, 227 * 1024}, scratch.data(), nullptr);
 }
 
 }  // namespace
 
 int main() {
   for (const bool channels_last : {false, true}) {
-    for (int shape = 0; shape < cuda::kShapes; ++shape) run<float>(channels_last, shape);
-    run<float16>(channels_last, 0);
-    run<bfloat16>(channels_last, 0);
+    for (int shape = 0; shape < cuda::kShapes; ++shape) {
+      for (const bool fused : {false, true}) run<float>(channels_last, false, {shape, fused, 1});
+    }
+    run<float>(channels_last, true, {0, true, 2});
+    run<float16>(channels_last, false, {0, true, 1});
+    run<bfloat16>(channels_last, false, {0, false, 1});
   }
   std::puts("no races");
 }
