@@ -19,8 +19,15 @@ _DTYPES = () if _kernels is None else tuple(getattr(torch, name) for name in _ke
 
 
 def covers(x: torch.Tensor) -> bool:
-    """Whether the kernels can read ``x``, a tensor on a GPU."""
-    return x.dtype in _DTYPES and not torch.is_autocast_enabled("cuda")
+    """Whether the kernels can read ``x``, a tensor on a GPU, and are the faster ones.
+
+    NCHW maps of 16 bits are left to ATen: read element by element, they took 0.8 to 1.5 times its time on an H100.
+    """
+    return (
+        x.dtype in _DTYPES
+        and (x.dtype is torch.float32 or x.is_contiguous(memory_format=torch.channels_last))
+        and not torch.is_autocast_enabled("cuda")
+    )
 
 
 @torch.compiler.assume_constant_result

@@ -136,7 +136,7 @@ def test_a_block_runs_the_kernels(kernel_calls, dtype, channels_last):
     expected = twin.double()(x.to(dtype).double())
     with torch.no_grad():
         y = block.to("cuda", dtype)(x.to("cuda", dtype))
-    assert len(kernel_calls) == 1
+    assert len(kernel_calls) == (channels_last or dtype == torch.float32)  # ATen is faster for NCHW of 16 bits
     assert y.dtype == dtype
     assert y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     assert_near(y.cpu(), expected, 16 * torch.finfo(dtype).eps)
