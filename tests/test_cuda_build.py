@@ -17,8 +17,8 @@ from fusedsep import _cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 
-#: A multiprocessor has 65,536 registers. Bytes that a kernel may spill: a few on some targets (none on sm_90, where it was
-#: measured); and of its stack, where a product that a target has no tensor cores for keeps its sums.
+#: A multiprocessor has 65,536 registers. Bytes that a kernel may spill: a few on some targets (none on sm_90, where it
+#: was measured); and of its stack, where a product that a target has no tensor cores for keeps its sums.
 REGISTERS, SPILLS, STACK = 65_536, 128, 272
 #: Threads of a block: no kernel has more (csrc/cuda/tiles.h).
 THREADS = 256
@@ -44,8 +44,8 @@ def test_kernels_stay_within_their_budget_on_every_target(monkeypatch):
     report = "".join(path.with_suffix(".ptxas.txt").read_text() for path in build.objects(ROOT))
     kernels, stacks, registers = usage(report)
     targets = {target for target in setup_cuda.TARGETS if target.startswith("sm_")}
-    # Products: three shapes; fused in two ways of reading, or not; three types, and TF32. The depthwise stage alone: two
-    # ways of reading, three types. Packing: two sources of scales, three types.
+    # Products: three shapes; fused in two ways of reading, or not; three types, and TF32. The depthwise stage alone:
+    # two ways of reading, three types. Packing: two sources of scales, three types.
     for kind, count in (("product", 36), ("depthwise", 6), ("pack", 6)):
         found = Counter(target for name, target in kernels if f"{kind}_kernel" in name)
         assert found == dict.fromkeys(targets, count), kind

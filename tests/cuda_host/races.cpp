@@ -11,7 +11,7 @@ using namespace fusedsep;
 
 template <typename T>
 void run(bool channels_last, bool allow_tf32, const cuda::Plan& plan) {
-  constexpr int64_t kIn = 40, kOut = 72, kHeight = 3, kWidth = 6, kBatch = 2;
+  constexpr int64_t kIn = 40, kOut = 72, kHeight = 3, kWidth = 6, kBatch = 1;
   const std::vector<T> x(kBatch * kIn * kHeight * kWidth), taps(kIn * 9), product(kIn * kOut);
   std::vector<T> y(kBatch * kOut * kHeight * kWidth), scratch(kBatch * kHeight * kWidth * cuda::padded(kIn));
   std::vector<float> packed(size_t(cuda::Packed<T>::size(kIn, kOut)));
@@ -27,9 +27,9 @@ void run(bool channels_last, bool allow_tf32, const cuda::Plan& plan) {
 int main() {
   for (const bool channels_last : {false, true}) {
     for (const bool fused : {false, true}) run<float>(channels_last, false, {0, fused, 1});
-    run<float>(channels_last, true, {0, true, 2});
-    run<float16>(channels_last, false, {0, true, 1});
-    run<bfloat16>(channels_last, false, {0, false, 1});
   }
+  run<float>(true, true, {0, true, 2});
+  run<float16>(false, false, {0, false, 1});
+  run<bfloat16>(true, false, {0, true, 1});
   std::puts("no races");
 }
