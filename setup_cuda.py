@@ -79,6 +79,7 @@ class CudaBuild(NamedTuple):
                     raise RuntimeError(f"{self.nvcc} failed:\n{finished.stderr}")
                 output.with_suffix(".ptxas.txt").write_text(finished.stderr)
         header = root / "build" / "generated" / "fusedsep_cuda_build_info.h"
+        header.parent.mkdir(parents=True, exist_ok=True)
         header.write_text(
             f"#define FUSEDSEP_NVCC_VERSION {json.dumps(self.version)}\n"
             f"#define FUSEDSEP_CUDA_TARGETS_JSON {json.dumps(json.dumps(targets()))}\n"
