@@ -43,6 +43,18 @@ def test_first_convolution_of_any_geometry(isa, stride, dilation, pads):
         assert y.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_first_convolution_of_any_channels(isa, dtype):
+    """Output channels around whole, half and several vectors; depths of one chain of sums and of several."""
+    torch.manual_seed(6)
+    for first, channels, out_channels in itertools.product(
+        (PATCHES, PATCHES_OF_NCHW), (3, 15), (1, 4, 5, 8, 9, 16, 24, 40, 45, 70)
+    ):
+        layers = [Layer(first, channels, out_channels, 2, activations=(0, 3))]
+        x = torch.randn(2, channels, 9, 70, dtype=dtype)
+        assert_close(run(layers, x), exact(layers, x))
+
+
 def test_map_wider_than_a_chain_of_sums():
     torch.manual_seed(2)
     layers = [Layer(MEANS, 5, 3, pads=(0, 0, 0, 0), activations=(0, 0))]

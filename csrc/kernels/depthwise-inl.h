@@ -115,6 +115,17 @@ struct SegmentKernels {
 // that the prefetchers follow, and few enough that what a segment reads (3 rows of up to 16 pixels: 12 KiB) fits L1.
 constexpr int64_t kChannelGroupBytes = 256;
 
+struct Span {
+  int64_t begin, end;
+};
+
+// The output columns whose taps lie inside the map, but for `outside` columns on either side of it.
+template <typename T>
+Span columns_inside_of(const SeparableParams<T>& p, int64_t outside) {
+  return {floor_div(p.pad_left - outside + p.stride - 1, p.stride),
+          floor_div(p.width + outside - 1 - 2 * p.dilation + p.pad_left, p.stride) + 1};
+}
+
 // How the taps of output columns are read: those from `begin` to `end` find all of them inside the map.
 struct Reach {
   int64_t begin, end;

@@ -20,48 +20,13 @@ struct Epilogue {
   const T* prefetch;  // what the calls that follow read as `columns`, to be brought to L2 meanwhile
 };
 
-// C[0..M, 0..columns) = act(bias + (C + R[0..M, 0..depth) Q[0..depth, 0..NV * kLanes)))
-//
-// Registers: M x NV accumulators + NV columns + 1 broadcast. For each k: NV + M loads and M x NV FMAs, so that full
-// tiles are bound by the FMAs. Column tails store through a mask; row tails are instantiations with a smaller M.
+// C[0..M, 0..columns) = act(bias + (C + sum)), what of it the epilogue asks for. Column tails go through a mask.
 template <class V, int M, int NV, bool kBiasPerRow>
-__attribute__((noinline)) void microkernel(int64_t depth, const typename V::T* rows, const typename V::T* columns,
-                                           typename V::T* c, int64_t c_stride, int64_t column_count,
-                                           const Epilogue<typename V::T>& epilogue) {
+FUSEDSEP_INLINE void finish(V sum[M][NV], typename V::T* c, int64_t c_stride, int64_t column_count,
+                            const Epilogue<typename V::T>& epilogue) {
   constexpr int L = V::kLanes;
   const bool whole = column_count == NV * L;
   const auto mask = V::mask(0, column_count - (NV - 1) * L);  // of the last vector
-  V sum[M][NV];
-  FUSEDSEP_UNROLL(16)
-  for (int m = 0; m < M; ++m) {
-    FUSEDSEP_UNROLL(4)
-    for (int n = 0; n < NV; ++n) sum[m][n] = V::zero();
-  }
-
-  const int64_t ahead = epilogue.prefetch - columns;  // a narrower panel may end before this one: only a hint is lost
-  while (depth > 0) {
-    const int64_t steps = min_of(depth, L);
-    FUSEDSEP_UNROLL(1)
-    for (int64_t k = 0; k < steps; ++k) {
-      V column[NV];
-      FUSEDSEP_UNROLL(4)
-      for (int n = 0; n < NV; ++n) {
-        column[n] = V::load(columns + n * L);
-        if (n * sizeof(V) % 64 == 0) __builtin_prefetch(columns + ahead + n * L, 0, 2);
-      }
-      FUSEDSEP_UNROLL(16)
-      for (int m = 0; m < M; ++m) {
-        const V row = V::broadcast(rows[m * L]);
-        FUSEDSEP_UNROLL(4)
-        for (int n = 0; n < NV; ++n) sum[m][n] = V::fma(row, column[n], sum[m][n]);
-      }
-      rows += 1;
-      columns += NV * L;
-    }
-    rows += (M - 1) * L;
-    depth -= L;
-  }
-
   if (!epilogue.first) {
     FUSEDSEP_UNROLL(16)
     for (int m = 0; m < M; ++m) {
@@ -108,6 +73,64 @@ __attribute__((noinline)) void microkernel(int64_t depth, const typename V::T* r
       }
     }
   }
+}
+
+// Asks for the lines of C before they are needed: they come while the product is formed, and `finish` stores to L1. Of
+// the smaller tiles the queue of stores holds all.
+template <class V, int M, int NV>
+FUSEDSEP_INLINE void prefetch_for_writing(const typename V::T* c, int64_t c_stride) {
+  if constexpr (sizeof(V) < 64) return;
+  FUSEDSEP_UNROLL(16)
+  for (int m = 0; m < M; ++m) {
+    FUSEDSEP_UNROLL(4)
+    for (int n = 0; n < NV; ++n) {
+      if (n * sizeof(V) % 64 == 0) __builtin_prefetch(c + m * c_stride + n * V::kLanes, 1, 3);
+    }
+  }
+}
+
+// C[0..M, 0..columns) = act(bias + (C + R[0..M, 0..depth) Q[0..depth, 0..NV * kLanes)))
+//
+// Registers: M x NV accumulators + NV columns + 1 broadcast. For each k: NV + M loads and M x NV FMAs, so that full
+// tiles are bound by the FMAs. Row tails are instantiations with a smaller M.
+template <class V, int M, int NV, bool kBiasPerRow>
+__attribute__((noinline)) void microkernel(int64_t depth, const typename V::T* rows, const typename V::T* columns,
+                                           typename V::T* c, int64_t c_stride, int64_t column_count,
+                                           const Epilogue<typename V::T>& epilogue) {
+  constexpr int L = V::kLanes;
+  V sum[M][NV];
+  FUSEDSEP_UNROLL(16)
+  for (int m = 0; m < M; ++m) {
+    FUSEDSEP_UNROLL(4)
+    for (int n = 0; n < NV; ++n) sum[m][n] = V::zero();
+  }
+
+  if (epilogue.first) prefetch_for_writing<V, M, NV>(c, c_stride);
+  const int64_t ahead = epilogue.prefetch - columns;  // a narrower panel may end before this one: only a hint is lost
+  while (depth > 0) {
+    const int64_t steps = min_of(depth, L);
+    FUSEDSEP_UNROLL(1)
+    for (int64_t k = 0; k < steps; ++k) {
+      V column[NV];
+      FUSEDSEP_UNROLL(4)
+      for (int n = 0; n < NV; ++n) {
+        column[n] = V::load(columns + n * L);
+        if (n * sizeof(V) % 64 == 0) __builtin_prefetch(columns + ahead + n * L, 0, 2);
+      }
+      FUSEDSEP_UNROLL(16)
+      for (int m = 0; m < M; ++m) {
+        const V row = V::broadcast(rows[m * L]);
+        FUSEDSEP_UNROLL(4)
+        for (int n = 0; n < NV; ++n) sum[m][n] = V::fma(row, column[n], sum[m][n]);
+      }
+      rows += 1;
+      columns += NV * L;
+    }
+    rows += (M - 1) * L;
+    depth -= L;
+  }
+
+  finish<V, M, NV, kBiasPerRow>(sum, c, c_stride, column_count, epilogue);
 }
 
 template <class V, bool kBiasPerRow>
@@ -168,6 +191,12 @@ const typename V::T* next_panel(const Product<typename V::T>& product, int64_t q
   return product.columns + q * product.depth + k * vectors * V::kLanes;
 }
 
+// The depth of one chain of sums (layout-inl.h): parts as equal as whole vectors allow.
+template <class V>
+int64_t depth_step_of(int64_t depth) {
+  return round_up(ceil_div(depth, ceil_div(depth, Tiling<V>::kDepth)), V::kLanes);
+}
+
 // Loops, outermost first: depth (a column panel fits L1), row blocks (they fit L2), column panels, row blocks within.
 template <class V, bool kBiasPerRow>
 void multiply(const Product<typename V::T>& product) {
@@ -176,7 +205,7 @@ void multiply(const Product<typename V::T>& product) {
   static constexpr Microkernels<V, kBiasPerRow> kMicrokernels;
 
   const int64_t padded_depth = round_up(product.depth, V::kLanes);
-  const int64_t depth_step = round_up(ceil_div(product.depth, ceil_div(product.depth, Tile::kDepth)), V::kLanes);
+  const int64_t depth_step = depth_step_of<V>(product.depth);
   const int64_t blocks = block_count(product.row_count, Tile::kTileRows);
   const int64_t blocks_in_l2 =
       max_of(1, Tile::kRowsBytes / (depth_step * int64_t(sizeof(T)) * int64_t(Tile::kTileRows)));

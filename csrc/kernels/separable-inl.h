@@ -4,8 +4,9 @@
 // table.
 #pragma once
 
+#include "convolution-inl.h"
 #include "depthwise-inl.h"
-#include "ends-inl.h"
+#include "means-inl.h"
 #include "pack-inl.h"
 #include "pointwise-inl.h"
 #include "separable.h"
@@ -29,7 +30,7 @@ void depthwise(const SeparableParams<typename V::T>& params, const Tile& tile, i
   if (params.rows == Rows::kMeans) {
     means<V>(params, tile, channel_begin, channel_end, scratch);
   } else if (params.rows != Rows::kDepthwise) {
-    patches<V>(params, tile, channel_begin, channel_end, scratch);
+    // `pointwise` reads the image itself
   } else if (params.channels_last) {
     depthwise_channels_last<V>(params, tile, channel_begin, channel_end, scratch);
   } else if (params.stride == 1) {
@@ -49,6 +50,10 @@ template <class V>
 void pointwise(const SeparableParams<typename V::T>& params, const Tile& tile, int64_t panel_begin, int64_t panel_end,
                const typename V::T* scratch) {
   using T = typename V::T;
+  if (params.rows == Rows::kPatches || params.rows == Rows::kPatchesOfNchw) {
+    convolve<V>(params, tile, panel_begin, panel_end);
+    return;
+  }
   const int64_t pixels = tile.end - tile.begin, out_pixels = params.out_height * params.out_width;
   const PackedLayout<V> layout(params.in_channels, params.out_channels, params.channels_last);
   const T* weights = params.packed + layout.pointwise;

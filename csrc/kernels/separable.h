@@ -36,8 +36,9 @@ constexpr int kActivationCount = 4;
 // network need, so that their products run in the same kernels; these are for channels_last alone.
 enum class Rows : int32_t {
   kDepthwise = 0,
-  // 3x3 patches of an image, which make a product of a whole convolution (im2col): h[(u*3 + v)*C + c] is
-  // x[n, c, i*S + u*D - pad_top, j*S + v*D - pad_left], with C = in_channels / 9 channels in x.
+  // 3x3 patches of an image, which make a product of a whole convolution: h[(u*3 + v)*C + c] is
+  // x[n, c, i*S + u*D - pad_top, j*S + v*D - pad_left], with C = in_channels / 9 channels in x. They are read where
+  // they lie in x, and never stored: `depthwise` has nothing to do.
   kPatches = 1,
   kPatchesOfNchw = 2,  // from x in NCHW, with the channel before the tap: h[c*9 + u*3 + v]
   // The mean of each map, for a product that is a classifier: out_height = out_width = 1.

@@ -19,6 +19,7 @@ FUSEDSEP_INLINE int64_t clamp_lane(int64_t lane, int64_t lanes) { return max_of(
 
 struct Avx2F32 {
   using T = float;
+  using Half = Avx2F32;
   static constexpr int kLanes = 8;
   __m256 v;
 
@@ -101,6 +102,7 @@ struct Avx2F32 {
 
 struct Avx2F64 {
   using T = double;
+  using Half = Avx2F64;
   static constexpr int kLanes = 4;
   __m256d v;
 

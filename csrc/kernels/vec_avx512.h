@@ -5,7 +5,7 @@
 
 #include <immintrin.h>
 
-#include "vec.h"
+#include "vec_avx2.h"
 
 namespace fusedsep {
 namespace {
@@ -18,6 +18,7 @@ FUSEDSEP_INLINE uint32_t lane_bits(int64_t begin, int64_t end, int64_t lanes) {
 
 struct Avx512F32 {
   using T = float;
+  using Half = Avx2F32;
   static constexpr int kLanes = 16;
   __m512 v;
 
@@ -105,6 +106,7 @@ struct Avx512F32 {
 
 struct Avx512F64 {
   using T = double;
+  using Half = Avx2F64;
   static constexpr int kLanes = 8;
   __m512d v;
 

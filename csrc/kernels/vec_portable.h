@@ -17,6 +17,8 @@ struct PortableVec {
   using T = Element;
   static constexpr int kLanes = Lanes;
   static_assert((Lanes & (Lanes - 1)) == 0, "a power of two, so that vectors tile cache lines");
+  // Vectors of half as many lanes, for tails; where these have no kernels of their own, the vector itself.
+  using Half = PortableVec<T, Lanes * sizeof(T) == 64 ? Lanes / 2 : Lanes>;
 
   // Registers of 16 bytes, which every baseline has. Wider compiler vectors would be lowered through memory.
   static constexpr int kPartLanes = 16 / sizeof(T);

@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// A whole 3x3 convolution of few channels, the first one of a network, to channels_last:
+//
+//   y[n,i,j,o] = act2( b2[o] + sum over k of  w2[o,k] * x[n, c, i*S + u*D - pad_top, j*S + v*D - pad_left] )
+//
+// with k numbering the taps (c, u, v) as Rows in separable.h says. It is the pointwise product of h = patches, without
+// the patches: in the order of k, each element of x is broadcast from where it lies in the image. Neighbouring pixels
+// of an output row are equally far from each other there, so that a tap is one offset for all of them.
+//
+// Borders: taps outside the map are left out. Pixels that leave out the same ones are worked on together.
+#pragma once
+
+#include "depthwise-inl.h"
+#include "layout-inl.h"
+#include "pointwise-inl.h"
+#include "separable.h"
+
+namespace fusedsep {
+namespace {
+
+struct Tap {
+  int64_t x;       // elements from the first tap of the patch, which may lie outside the map
+  int64_t weight;  // row of the packed weights
+};
+
+// C[0..M, 0..columns) = act(bias + (C + sum over taps of x[m * step + tap.x] * weights[tap.weight][0..NV * kLanes)))
+//
+// Registers and bounds are those of the pointwise microkernel, with a broadcast from x for one from the tile of h.
+template <class V, int M, int NV>
+__attribute__((noinline)) void tap_microkernel(const Tap* taps, int64_t tap_count, const typename V::T* x, int64_t step,
+                                               const typename V::T* weights, int64_t weights_stride, typename V::T* c,
+                                               int64_t c_stride, int64_t column_count,
+                                               const Epilogue<typename V::T>& epilogue) {
+  constexpr int L = V::kLanes;
+  V sum[M][NV];
+  FUSEDSEP_UNROLL(16)
+  for (int m = 0; m < M; ++m) {
+    FUSEDSEP_UNROLL(4)
+    for (int n = 0; n < NV; ++n) sum[m][n] = V::zero();
+  }
+  prefetch_for_writing<V, M, NV>(c, c_stride);
+  FUSEDSEP_UNROLL(1)
+  for (const Tap* const end = taps + tap_count; taps < end; ++taps) {
+    const typename V::T* const value = x + taps->x;
+    const typename V::T* const weight = weights + taps->weight * weights_stride;
+    V column[NV];
+    FUSEDSEP_UNROLL(4)
+    for (int n = 0; n < NV; ++n) column[n] = V::load(weight + n * L);
+    FUSEDSEP_UNROLL(16)
+    for (int m = 0; m < M; ++m) {
+      const V row = V::broadcast(value[m * step]);
+      FUSEDSEP_UNROLL(4)
+      for (int n = 0; n < NV; ++n) sum[m][n] = V::fma(row, column[n], sum[m][n]);
+    }
+  }
+  finish<V, M, NV, false>(sum, c, c_stride, column_count, epilogue);
+}
+
+template <class V, int kRows, int kVectors>
+struct TapMicrokernels {
+  using T = typename V::T;
+  using Function = void (*)(const Tap*, int64_t, const T*, int64_t, const T*, int64_t, T*, int64_t, int64_t,
+                            const Epilogue<T>&);
+  // table[vectors - 1][rows - 1]
+  Function table[kVectors][kRows];
+
+  constexpr TapMicrokernels() : table{} { fill<kRows, kVectors>(); }
+
+  template <int M, int NV>
+  constexpr void fill() {
+    table[NV - 1][M - 1] = tap_microkernel<V, M, NV>;
+    if constexpr (M > 1) {
+      fill<M - 1, NV>();
+    } else if constexpr (NV > 1) {
+      fill<kRows, NV - 1>();
+    }
+  }
+};
+
+// The part of a convolution's depth that one chain sums, and how it lies in the image.
+template <typename T>
+struct Patch {
+  int64_t channels, dilation;
+  bool channels_first;                    // in k
+  int64_t of_row, of_column, of_channel;  // elements of x between neighbours
+  int64_t begin, end;                     // of k
+
+  explicit Patch(const SeparableParams<T>& p)
+      : channels(p.in_channels / 9),
+        dilation(p.dilation),
+        channels_first(p.rows == Rows::kPatchesOfNchw),
+        of_row(p.width * (channels_first ? 1 : channels)),
+        of_column(channels_first ? 1 : channels),
+        of_channel(channels_first ? p.height * p.width : 1) {}
+};
+
+// Taps that pixels read whose patches have the same rows and columns inside the map.
+template <class V>
+struct TapList {
+  int rows = -1;  // bit u: that row of the patch; -1: not listed yet
+  int64_t count;
+  Tap taps[Tiling<V>::kDepth];
+
+  void list(const Patch<typename V::T>& patch, int wanted_rows, int columns) {
+    if (rows == wanted_rows) return;
+    rows = wanted_rows;
+    count = 0;
+    int64_t k = 0;
+    const auto add = [&](int64_t channel, int64_t u, int64_t v) {
+      if (k >= patch.begin && k < patch.end && (rows >> u & 1) != 0 && (columns >> v & 1) != 0) {
+        taps[count++] = {
+            u * patch.dilation * patch.of_row + v * patch.dilation * patch.of_column + channel * patch.of_channel, k};
+      }
+      ++k;
+    };
+    for (int64_t outer = 0; outer < (patch.channels_first ? patch.channels : 9); ++outer) {
+      for (int64_t inner = 0; inner < (patch.channels_first ? 9 : patch.channels); ++inner) {
+        const int64_t channel = patch.channels_first ? outer : inner, tap = patch.channels_first ? inner : outer;
+        add(channel, tap / 3, tap % 3);
+      }
+    }
+  }
+};
+
+// Which of the three taps from `first` on, `dilation` apart, lie in [0, size): bit u for tap u.
+FUSEDSEP_INLINE int taps_inside(int64_t first, int64_t dilation, int64_t size) {
+  int inside = 0;
+  for (int u = 0; u < 3; ++u) inside |= int(uint64_t(first + u * dilation) < uint64_t(size)) << u;
+  return inside;
+}
+
+// Pixels of one output row that read the same taps.
+template <typename T>
+struct Run {
+  const T* x;  // the first tap of the first pixel
+  int64_t step, count;
+  T* y;
+};
+
+// Vectors of half the lanes are taken where those of AVX-512 would be half empty. Without AVX-512VL they have 16
+// registers: 12 accumulators + 1 column + 1 broadcast.
+template <class V>
+constexpr int kHalfTileRows = int(min_of(Tiling<V>::kTileRows, 12));
+
+// Output channels [column_begin, column_end) of a run. A last vector that is at most half full is worked on as a vector
+// of half the lanes, which costs half as much.
+template <class V>
+void convolve_run(const Run<typename V::T>& run, const TapList<V>& list, const typename V::T* weights, int64_t depth,
+                  const typename V::T* bias, int64_t column_begin, int64_t column_end, int64_t out_channels,
+                  Epilogue<typename V::T>& epilogue) {
+  using T = typename V::T;
+  using Half = typename V::Half;
+  constexpr int64_t L = V::kLanes;
+  static constexpr TapMicrokernels<V, Tiling<V>::kTileRows, Tiling<V>::kTileVectors> kWhole;
+  static constexpr TapMicrokernels<Half, kHalfTileRows<V>, 1> kHalf;
+
+  const int64_t tail = (column_end - column_begin - 1) % L + 1;
+  const bool halved = Half::kLanes < L && tail <= Half::kLanes;
+  const int64_t whole_end = halved ? column_end - tail : column_end;
+  const int64_t tile_rows = halved ? kHalfTileRows<V> : Tiling<V>::kTileRows;
+  const int64_t blocks = block_count(run.count, tile_rows);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const Block block = block_at(run.count, blocks, b);
+    const T* const x = run.x + block.begin * run.step;
+    T* const y = run.y + block.begin * out_channels;
+    for (int64_t q = column_begin; q < column_end; q += Tiling<V>::kTileColumns) {
+      const int64_t width = round_up(min_of(Tiling<V>::kTileColumns, column_end - q), L);
+      const int64_t whole = min_of(width, whole_end - q);
+      const T* const panel = weights + q * depth;
+      if (whole > 0) {
+        epilogue.bias = bias + q;
+        kWhole.table[ceil_div(whole, L) - 1][block.size - 1](list.taps, list.count, x, run.step, panel, width, y + q,
+                                                             out_channels, whole, epilogue);
+      }
+      if (whole < width && halved) {
+        epilogue.bias = bias + q + whole;
+        kHalf.table[0][block.size - 1](list.taps, list.count, x, run.step, panel + whole, width, y + q + whole,
+                                       out_channels, tail, epilogue);
+      }
+    }
+  }
+}
+
+// Panels [panel_begin, panel_end) of the output channels over the tile.
+template <class V>
+void convolve(const SeparableParams<typename V::T>& p, const Tile& tile, int64_t panel_begin, int64_t panel_end) {
+  using T = typename V::T;
+  const PackedLayout<V> layout(p.in_channels, p.out_channels, true);
+  const int64_t column_begin = panel_begin * Tiling<V>::kTileColumns;
+  const int64_t column_end = min_of(panel_end * Tiling<V>::kTileColumns, p.out_channels);
+  const int64_t out_pixels = p.out_height * p.out_width, first = tile.begin % out_pixels;
+  const int64_t depth_step = depth_step_of<V>(p.in_channels);
+
+  const Span columns_inside = columns_inside_of(p, 0);
+  Patch<T> patch(p);
+  const int64_t map = p.height * patch.of_row * (patch.channels_first ? patch.channels : 1);
+  for (patch.begin = 0; patch.begin < p.in_channels; patch.begin = patch.end) {
+    patch.end = min_of(patch.begin + depth_step, p.in_channels);
+    Epilogue<T> epilogue{nullptr, patch.begin == 0, patch.end == p.in_channels, p.pointwise_activation, nullptr};
+    TapList<V> lists[8];  // by the columns inside
+    const T* image = p.x + (tile.image + tile.begin / out_pixels) * map;
+    int64_t i = first / p.out_width, j = first % p.out_width;
+    for (int64_t pixel = tile.begin; pixel < tile.end;) {
+      const int64_t row = i * p.stride - p.pad_top, column = j * p.stride - p.pad_left;
+      const int inside = taps_inside(column, p.dilation, p.width);
+      Run<T> run{image + row * patch.of_row + column * patch.of_column, p.stride * patch.of_column, 1,
+                 p.y + (tile.image * out_pixels + pixel) * p.out_channels};
+      const int64_t most = min_of(tile.end - pixel, p.out_width - j);
+      if (j >= columns_inside.begin && j < columns_inside.end) {
+        run.count = min_of(most, columns_inside.end - j);
+      } else {
+        const auto reads_the_same = [&](int64_t m) {
+          return taps_inside(column + m * p.stride, p.dilation, p.width) == inside;
+        };
+        while (run.count < most && reads_the_same(run.count)) ++run.count;
+      }
+      lists[inside].list(patch, taps_inside(row, p.dilation, p.height), inside);
+      convolve_run<V>(run, lists[inside], p.packed + layout.pointwise, p.in_channels, p.packed + layout.pointwise_bias,
+                      column_begin, column_end, p.out_channels, epilogue);
+      pixel += run.count;
+      j += run.count;
+      if (j == p.out_width) j = 0, ++i;
+      if (i == p.out_height) i = 0, image += map;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fusedsep
