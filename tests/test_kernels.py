@@ -181,6 +181,7 @@ def test_an_image_does_not_depend_on_the_rest_of_its_batch(isa, dtype, channels_
         Case(in_channels=17, height=7, width=9, activation="relu6", pointwise_activation="hardswish"),
         Case(in_channels=17, height=7, width=9, activation="hardswish", pointwise_activation="relu6"),
         Case(in_channels=3, height=5, width=9, activation="none", pointwise_activation="relu"),
+        Case(in_channels=24, height=7, width=9, stride=2),
     ],
     ids=str,
 )

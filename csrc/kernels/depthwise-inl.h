@@ -25,43 +25,63 @@ struct Segment {
   int64_t pixel_stride;  // elements between input columns: in_channels
   int64_t stride, dilation;
   Activation activation;
+  // kUnit and kHalving: the column of the first pixel's first tap, that of the last one's last, is outside the map.
+  bool first_outside, last_outside;
 };
 
 enum class Taps {
-  kUnit,     // stride 1, dilation 1, all columns inside: each column is loaded once for its three taps
+  kUnit,     // stride 1, dilation 1: each column is loaded once for its three taps; at most one outside at either end
   kInside,   // any stride and dilation, all columns inside
+  kHalving,  // stride 2, dilation 1: columns between two pixels are loaded once; at most one outside at either end
   kChecked,  // any; columns outside the map count as zero; the last channels load through a mask
 };
+constexpr int kTapsCount = 4;
 
-// sum[m] = the nine taps of pixel m at channel offset `channel`; `weights` is nine taps, a vector each.
+// sum[m] = the nine taps of pixel m at channel offset `channel`; `weights` is nine taps, a vector each, kPitch apart.
 //
 // Registers, kUnit: M accumulators + M + 2 columns + 1 weight: 15 of 16 (AVX2), 31 of 32 (AVX-512). For each tap row
-// M + 2 + 3 loads feed 3 M FMAs.
-template <class V, int M, Taps kTaps>
+// M + 2 + 3 loads feed 3 M FMAs. kHalving: M + 1 even columns, and an odd one at a time; 2 M + 1 + 3 loads.
+template <class V, int M, Taps kTaps, int64_t kPitch = V::kLanes>
 FUSEDSEP_INLINE void accumulate_taps(const Segment<typename V::T>& segment, int64_t channel, typename V::Mask mask,
                                      const typename V::T* weights, V sum[M]) {
   using T = typename V::T;
-  constexpr int L = V::kLanes;
   const int64_t step = segment.pixel_stride;
   FUSEDSEP_UNROLL(16)
   for (int m = 0; m < M; ++m) sum[m] = V::zero();
-  for (int u = 0; u < 3; ++u, weights += 3 * L) {
+  for (int u = 0; u < 3; ++u, weights += 3 * kPitch) {
     if (segment.row[u] == nullptr) continue;
     const T* x = segment.row[u] + channel;
     if constexpr (kTaps == Taps::kUnit) {
       V column[M + 2];
+      column[0] = segment.first_outside ? V::zero() : V::load(x);
       FUSEDSEP_UNROLL(16)
-      for (int m = 0; m < M + 2; ++m) column[m] = V::load(x + m * step);
+      for (int m = 1; m < M + 1; ++m) column[m] = V::load(x + m * step);
+      column[M + 1] = segment.last_outside ? V::zero() : V::load(x + (M + 1) * step);
       FUSEDSEP_UNROLL(3)
       for (int v = 0; v < 3; ++v) {
-        const V weight = V::load(weights + v * L);
+        const V weight = V::load(weights + v * kPitch);
         FUSEDSEP_UNROLL(16)
         for (int m = 0; m < M; ++m) sum[m] = V::fma(column[m + v], weight, sum[m]);
       }
+    } else if constexpr (kTaps == Taps::kHalving) {
+      V even[M + 1];
+      even[0] = segment.first_outside ? V::zero() : V::load(x);
+      FUSEDSEP_UNROLL(16)
+      for (int m = 1; m < M; ++m) even[m] = V::load(x + 2 * m * step);
+      even[M] = segment.last_outside ? V::zero() : V::load(x + 2 * M * step);
+      V weight = V::load(weights);
+      FUSEDSEP_UNROLL(16)
+      for (int m = 0; m < M; ++m) sum[m] = V::fma(even[m], weight, sum[m]);
+      weight = V::load(weights + kPitch);
+      FUSEDSEP_UNROLL(16)
+      for (int m = 0; m < M; ++m) sum[m] = V::fma(V::load(x + (2 * m + 1) * step), weight, sum[m]);
+      weight = V::load(weights + 2 * kPitch);
+      FUSEDSEP_UNROLL(16)
+      for (int m = 0; m < M; ++m) sum[m] = V::fma(even[m + 1], weight, sum[m]);
     } else {
       FUSEDSEP_UNROLL(3)
       for (int v = 0; v < 3; ++v) {
-        const V weight = V::load(weights + v * L);
+        const V weight = V::load(weights + v * kPitch);
         FUSEDSEP_UNROLL(16)
         for (int m = 0; m < M; ++m) {
           const int64_t offset = m * segment.stride + v * segment.dilation;
@@ -78,35 +98,35 @@ FUSEDSEP_INLINE void accumulate_taps(const Segment<typename V::T>& segment, int6
   }
 }
 
-// h[0..M][kLanes] of `segment` at channel offset `channel`; `weights` is a bias and nine taps, a vector each.
-template <class V, int M, Taps kTaps>
+// h[0..M][kLanes] of `segment` at channel offset `channel`; `weights` is a bias and nine taps, a vector each. Vectors
+// of h and of the weights are kPitch apart.
+template <class V, int M, Taps kTaps, int64_t kPitch>
 __attribute__((noinline)) void depthwise_segment(const Segment<typename V::T>& segment, int64_t channel,
                                                  typename V::Mask mask, const typename V::T* weights,
                                                  typename V::T* out) {
-  constexpr int L = V::kLanes;
   V sum[M];
-  accumulate_taps<V, M, kTaps>(segment, channel, mask, weights + L, sum);
+  accumulate_taps<V, M, kTaps, kPitch>(segment, channel, mask, weights + kPitch, sum);
   const V bias = V::load(weights);
   FUSEDSEP_UNROLL(16)
-  for (int m = 0; m < M; ++m) activate(segment.activation, V::add(bias, sum[m])).store(out + m * L);
+  for (int m = 0; m < M; ++m) activate(segment.activation, V::add(bias, sum[m])).store(out + m * kPitch);
 }
 
-template <class V>
+template <class V, int64_t kPitch = V::kLanes, int kRows = Tiling<V>::kTileRows>
 struct SegmentKernels {
   using T = typename V::T;
   using Function = void (*)(const Segment<T>&, int64_t, typename V::Mask, const T*, T*);
-  static constexpr int kRows = Tiling<V>::kTileRows;
 
   // table[taps][pixels - 1]
-  Function table[3][kRows];
+  Function table[kTapsCount][kRows];
 
   constexpr SegmentKernels() : table{} { fill<kRows>(); }
 
   template <int M>
   constexpr void fill() {
-    table[int(Taps::kUnit)][M - 1] = depthwise_segment<V, M, Taps::kUnit>;
-    table[int(Taps::kInside)][M - 1] = depthwise_segment<V, M, Taps::kInside>;
-    table[int(Taps::kChecked)][M - 1] = depthwise_segment<V, M, Taps::kChecked>;
+    table[int(Taps::kUnit)][M - 1] = depthwise_segment<V, M, Taps::kUnit, kPitch>;
+    table[int(Taps::kInside)][M - 1] = depthwise_segment<V, M, Taps::kInside, kPitch>;
+    table[int(Taps::kHalving)][M - 1] = depthwise_segment<V, M, Taps::kHalving, kPitch>;
+    table[int(Taps::kChecked)][M - 1] = depthwise_segment<V, M, Taps::kChecked, kPitch>;
     if constexpr (M > 1) fill<M - 1>();
   }
 };
@@ -126,28 +146,30 @@ Span columns_inside_of(const SeparableParams<T>& p, int64_t outside) {
           floor_div(p.width + outside - 1 - 2 * p.dilation + p.pad_left, p.stride) + 1};
 }
 
-// How the taps of output columns are read: those from `begin` to `end` find all of them inside the map.
+// How the taps of output columns are read: from `begin` to `end` in one way, the others one by one.
 struct Reach {
-  int64_t begin, end;
+  Span columns;
   Taps inside;
 
   template <typename T>
   explicit Reach(const SeparableParams<T>& p)
-      : begin(floor_div(p.pad_left + p.stride - 1, p.stride)),
-        end(floor_div(p.width - 1 - 2 * p.dilation + p.pad_left, p.stride) + 1),
-        inside(p.stride == 1 && p.dilation == 1 ? Taps::kUnit : Taps::kInside) {}
+      : columns(columns_inside_of(p, p.dilation == 1)),
+        inside(p.dilation > 1  ? Taps::kInside
+               : p.stride == 1 ? Taps::kUnit
+                               : Taps::kHalving) {}
 
   // As many of `count` columns from `j` on as are read in the same way, so that few pay for the checks.
   FUSEDSEP_INLINE int64_t run(int64_t j, int64_t count) const {
-    if (j < begin) return min_of(count, begin - j);
-    return j < end ? min_of(count, end - j) : count;
+    if (j < columns.begin) return min_of(count, columns.begin - j);
+    return j < columns.end ? min_of(count, columns.end - j) : count;
   }
-  FUSEDSEP_INLINE Taps taps(int64_t j) const { return j < begin || j >= end ? Taps::kChecked : inside; }
+  FUSEDSEP_INLINE Taps taps(int64_t j) const { return j < columns.begin || j >= columns.end ? Taps::kChecked : inside; }
 };
 
-// The taps of output row `i` from column `j` on.
+// The taps of `count` columns of output row `i` from column `j` on.
 template <typename T>
-FUSEDSEP_INLINE Segment<T> segment_at(const SeparableParams<T>& p, const T* image, int64_t i, int64_t j) {
+FUSEDSEP_INLINE Segment<T> segment_at(const SeparableParams<T>& p, const T* image, int64_t i, int64_t j,
+                                      int64_t count) {
   Segment<T> segment;
   segment.first_column = j * p.stride - p.pad_left;
   segment.width = p.width;
@@ -155,6 +177,8 @@ FUSEDSEP_INLINE Segment<T> segment_at(const SeparableParams<T>& p, const T* imag
   segment.stride = p.stride;
   segment.dilation = p.dilation;
   segment.activation = p.activation;
+  segment.first_outside = segment.first_column < 0;
+  segment.last_outside = segment.first_column + (count - 1) * p.stride + 2 * p.dilation >= p.width;
   for (int u = 0; u < 3; ++u) {
     const int64_t row = i * p.stride - p.pad_top + u * p.dilation;
     const bool inside = row >= 0 && row < p.height;
@@ -163,37 +187,80 @@ FUSEDSEP_INLINE Segment<T> segment_at(const SeparableParams<T>& p, const T* imag
   return segment;
 }
 
+// What of x the next tile reads and this one does not: rows, which follow on those of this one.
+template <typename T>
+Ahead<T> rows_ahead(const SeparableParams<T>& p, const Tile& tile) {
+  const int64_t out_pixels = p.out_height * p.out_width, pixels = p.batch * out_pixels, row = p.width * p.in_channels;
+  // Behind all that output pixels before `pixel` read.
+  const auto read_until = [&](int64_t pixel) {
+    const int64_t image = (pixel - 1) / out_pixels, i = (pixel - 1) % out_pixels / p.out_width;
+    const int64_t rows = max_of(0, min_of(p.height, i * p.stride - p.pad_top + 2 * p.dilation + 1));
+    return p.x + (image * p.height + rows) * row;
+  };
+  const int64_t end = tile.image * out_pixels + tile.end;
+  return {read_until(end), read_until(min_of(pixels, end + tile.end - tile.begin))};
+}
+
 template <class V>
 void depthwise_channels_last(const SeparableParams<typename V::T>& p, const Tile& tile, int64_t channel_begin,
                              int64_t channel_end, typename V::T* scratch) {
   using T = typename V::T;
+  using Half = typename V::Half;
   constexpr int L = V::kLanes;
   constexpr int64_t kGroup = max_of(1, kChannelGroupBytes / int64_t(sizeof(T)) / L) * L;
   static constexpr SegmentKernels<V> kKernels;
+  static constexpr int kHalfRows = Tiling<Half>::kTileRows;
+  static constexpr SegmentKernels<Half, L, kHalfRows> kHalfKernels;
 
   const int64_t channels = p.in_channels, padded = round_up(channels, L), map = p.height * p.width * channels;
-  const int64_t pixels = tile.end - tile.begin, blocks = block_count(pixels, Tiling<V>::kTileRows);
+  const int64_t pixels = tile.end - tile.begin;
   const int64_t out_pixels = p.out_height * p.out_width, first = tile.begin % out_pixels;
-  const T* weights = p.packed + PackedLayout<V>(channels, p.out_channels, true).depthwise;
+  const T* const weights = p.packed + PackedLayout<V>(channels, p.out_channels, true).depthwise;
+  const T* const end = p.x + p.batch * map;
   const auto all = V::mask(0, L), tail = V::mask(0, channels % L);
   const Reach reach(p);
+
+  // The last channels, fewer than a vector. Whole vectors run on into the next pixel, and what comes of it is padding
+  // of h, which nobody reads; only the end of the last map has none.
+  const auto run_tail = [&](const T* image, int64_t i, int64_t j, int64_t count, T* out) {
+    const int64_t c = channels / L * L;
+    const bool halved = Half::kLanes < L && channels - c <= Half::kLanes;
+    for (const int64_t most = halved ? kHalfRows : count; count > 0;) {
+      const int64_t some = min_of(count, most);
+      const Segment<T> segment = segment_at(p, image, i, j, some);
+      const T* last_row = nullptr;
+      for (const T* row : segment.row) last_row = row != nullptr ? row : last_row;
+      const int64_t last_column =
+          min_of((some - 1) * p.stride + 2 * p.dilation, p.width - 1 - segment.first_column) * channels;
+      const bool runs_out = last_row != nullptr && last_row + last_column + c + (halved ? Half::kLanes : L) > end;
+      const Taps taps = runs_out ? Taps::kChecked : reach.taps(j);
+      if (halved) {
+        kHalfKernels.table[int(taps)][some - 1](segment, c, Half::mask(0, channels - c), weights + 10 * c, out);
+      } else {
+        kKernels.table[int(taps)][some - 1](segment, c, tail, weights + 10 * c, out);
+      }
+      count -= some;
+      j += some;
+      out += some * L;
+    }
+  };
 
   for (int64_t group = channel_begin; group < channel_end; group += kGroup) {
     const int64_t group_end = min_of(group + kGroup, channel_end);
     const T* image = p.x + (tile.image + tile.begin / out_pixels) * map;
     int64_t i = first / p.out_width, j = first % p.out_width;  // output row and column
-    for (int64_t b = 0; b < blocks; ++b) {
-      const Block block = block_at(pixels, blocks, b);
+    for (BlockWalk walk(pixels, Tiling<V>::kTileRows); walk.more(); walk.next()) {
+      const Block& block = walk.block;
       for (int64_t done = 0; done < block.size;) {
         const int64_t count = reach.run(j, min_of(block.size - done, p.out_width - j));
         const Taps taps = reach.taps(j);
-        const Segment<T> segment = segment_at(p, image, i, j);
+        const Segment<T> segment = segment_at(p, image, i, j, count);
         T* out = scratch + block.begin * padded + done * L;
-        for (int64_t c = group; c < group_end; c += L) {
-          const bool whole = c + L <= channels;
-          kKernels.table[int(whole ? taps : Taps::kChecked)][count - 1](segment, c, whole ? all : tail,
-                                                                        weights + 10 * c, out + c * block.size);
+        int64_t c = group;
+        for (; c + L <= group_end; c += L) {
+          kKernels.table[int(taps)][count - 1](segment, c, all, weights + 10 * c, out + c * block.size);
         }
+        if (c < group_end) run_tail(image, i, j, count, out + c * block.size);
         done += count;
         j += count;
         if (j == p.out_width) j = 0, ++i;

@@ -51,6 +51,12 @@ struct Tiling {
   static constexpr int64_t kRowsBytes = 128 * 1024;
 };
 
+// Elements [next, end) of a map that somebody reads soon, to be brought to L2.
+template <typename T>
+struct Ahead {
+  const T *next, *end;
+};
+
 struct Block {
   int64_t begin, size;
 };
@@ -61,6 +67,24 @@ FUSEDSEP_INLINE Block block_at(int64_t rows, int64_t blocks, int64_t i) {
   const int64_t begin = i * rows / blocks;
   return {begin, (i + 1) * rows / blocks - begin};
 }
+
+// The blocks one after the other, without a division for each.
+struct BlockWalk {
+  Block block;
+  int64_t rows, blocks, small, larger, error;
+
+  FUSEDSEP_INLINE BlockWalk(int64_t rows, int64_t tile_rows)
+      : rows(rows), blocks(block_count(rows, tile_rows)), small(rows / blocks), larger(rows % blocks), error(larger) {
+    block = {0, small + (error >= blocks)};
+  }
+  FUSEDSEP_INLINE bool more() const { return block.begin < rows; }
+  FUSEDSEP_INLINE void next() {
+    block.begin += block.size;
+    if (error >= blocks) error -= blocks;
+    error += larger;
+    block.size = small + (error >= blocks);
+  }
+};
 
 // Sections of the packed weights, in elements from its start. Sections begin at multiples of 64 bytes.
 template <class V>

@@ -80,11 +80,11 @@ FUSEDSEP_INLINE void finish(V sum[M][NV], typename V::T* c, int64_t c_stride, in
 template <class V, int M, int NV>
 FUSEDSEP_INLINE void prefetch_for_writing(const typename V::T* c, int64_t c_stride) {
   if constexpr (sizeof(V) < 64) return;
-  FUSEDSEP_UNROLL(16)
-  for (int m = 0; m < M; ++m) {
+  FUSEDSEP_UNROLL(1)  // or the addresses of all lines would be kept for `finish`, in memory
+  for (int m = 0; m < M; ++m, c += c_stride) {
     FUSEDSEP_UNROLL(4)
     for (int n = 0; n < NV; ++n) {
-      if (n * sizeof(V) % 64 == 0) __builtin_prefetch(c + m * c_stride + n * V::kLanes, 1, 3);
+      if (n * sizeof(V) % 64 == 0) __builtin_prefetch(c + n * V::kLanes, 1, 3);
     }
   }
 }
@@ -153,12 +153,6 @@ struct Microkernels {
       fill<kRows, NV - 1>();
     }
   }
-};
-
-// Elements [next, end) of a map that whoever comes after the product reads.
-template <typename T>
-struct Ahead {
-  const T *next, *end;
 };
 
 // One product: rows in blocks [block_begin, block_end) of `rows`, columns [column_begin, column_end) of `columns`.

@@ -74,6 +74,7 @@ void pointwise(const SeparableParams<typename V::T>& params, const Tile& tile, i
     product.column_end = min_of(panel_end * Tiling<V>::kTileColumns, params.out_channels);
     product.c = image + tile.begin * params.out_channels;
     product.c_stride = params.out_channels;
+    if (params.rows == Rows::kDepthwise) product.ahead[0] = rows_ahead(params, tile);
     multiply<V, false>(product);
   } else {
     product.rows = weights;
