@@ -102,8 +102,10 @@ Seven separable_conv2d_training(const Tensor& x, const Tensor& dw_weight, const 
     run.params.conv.y = p.mutable_data_ptr<T>();
     run.params.y = y.data();
     const bool keep_d = norm1.statistics == Statistics::kBatch;  // two passes want it
-    Tensor d = keep_d ? empty_map(call.hidden_sizes(), in_channels_last, dtype) : nothing(dtype);
-    run.params.d = keep_d ? d.mutable_data_ptr<T>() : nullptr;
+    // It lies where y will, if it fits: no page of memory more, and what was just read is written.
+    const bool d_in_y = call.in_channels <= call.out_channels;
+    Tensor d = keep_d && !d_in_y ? empty_map(call.hidden_sizes(), in_channels_last, dtype) : nothing(dtype);
+    run.params.d = !keep_d ? nullptr : d_in_y ? y.data() : d.mutable_data_ptr<T>();
     run.pack(dw_weight.const_data_ptr<T>(), pw_weight.const_data_ptr<T>(), false);
 
     const auto [mean1, var1] =
@@ -167,19 +169,21 @@ Nine separable_conv2d_training_backward(const Tensor& grad_y, const Tensor& x, c
 
     Tensor grad_x = nothing(dtype), grad_dw_weight = nothing(dtype), grad_pw_weight = nothing(dtype),
            g1 = nothing(dtype);
+    std::optional<Outgoing<T>> own_grad_x;
     Channels sum1(size_t(norm1.padded())), moment1(sum1.size());
     if (wants_g1 || wants(kPwWeight)) {
       run.pack(dw_weight.const_data_ptr<T>(), pw_weight.const_data_ptr<T>(), true);
-      if (wants_g1) g1 = empty_map(call.hidden_sizes(), in_channels_last, dtype);
+      if (wants(kX)) own_grad_x.emplace(call.in_sizes(), channels_last, in_channels_last);
+      // The gradient of a map of the same size takes its place, row by row.
+      const bool g1_in_grad_x = wants(kX) && call.hidden_sizes() == call.in_sizes();
+      if (wants_g1 && !g1_in_grad_x) g1 = empty_map(call.hidden_sizes(), in_channels_last, dtype);
       if (wants(kPwWeight)) grad_pw_weight = empty_map({call.out_channels, call.in_channels, 1, 1}, false, dtype);
-      run.params.g1 = g1.mutable_data_ptr<T>();
+      run.params.g1 = g1_in_grad_x ? own_grad_x->data() : g1.mutable_data_ptr<T>();
       run.pointwise_backward(wants_g1 ? sum1.data() : nullptr, moment1.data(),
                              wants(kPwWeight) ? grad_pw_weight.mutable_data_ptr<T>() : nullptr);
     }
     if (wants_depthwise) {
       run.params.correction1 = norm1.correction(sum1, moment1, call.count());
-      std::optional<Outgoing<T>> own_grad_x;
-      if (wants(kX)) own_grad_x.emplace(call.in_sizes(), channels_last, in_channels_last);
       if (wants(kDwWeight)) grad_dw_weight = empty_map({call.in_channels, 1, 3, 3}, false, dtype);
       run.params.grad_x = wants(kX) ? own_grad_x->data() : nullptr;
       run.depthwise_backward(wants(kDwWeight) ? grad_dw_weight.mutable_data_ptr<T>() : nullptr);

@@ -62,8 +62,8 @@ struct TrainingParams {
   T* y;             // batch maps of out_channels
   const T* grad_y;  // the same
   T* g1;            // batch maps of in_channels x out_height x out_width
-  T* d;             // the same: left by depthwise_statistics, read by forward; null: computed again
-  T* grad_x;        // like x; null: not wanted
+  T* d;       // the same: left by depthwise_statistics, read by forward; null: computed again; may lie where y will
+  T* grad_x;  // like x; null: not wanted; may be g1 where the two are of one size
 };
 
 // Operands of the pointwise weight gradient: gp and h of a group of tiles, side by side, `depth` pixels in all. Tiles
