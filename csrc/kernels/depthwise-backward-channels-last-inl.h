@@ -71,7 +71,7 @@ __attribute__((noinline)) void gradient_segment(const GradientSegment<V>& segmen
   FUSEDSEP_UNROLL(16)
   for (int m = 0; m < M; ++m) {
     const auto* from = segment.g1 + m * segment.g1_stride;
-    __builtin_prefetch(from + segment.g1_row);
+    __builtin_prefetch(from + segment.g1_row, 0, 2);
     const V g = segment.whole ? V::load(from) : V::load(from, segment.mask);
     gd[m] = V::mul(segment.scale, segment.corrected(g, V::sub(gd[m], segment.center)));
     gd[m].store(segment.gd + m * segment.gd_stride);
@@ -153,7 +153,7 @@ void keep_row(const TrainingParams<typename V::T>& p, const typename V::T* image
     auto* to = row + v * layout.x_columns * L;
     const auto load = [&](int64_t j) {
       const auto* x = from + j * channels + v * L;
-      __builtin_prefetch(x + conv.width * channels);  // what the next row reads
+      __builtin_prefetch(x + conv.width * channels, 0, 2);  // what the next row reads
       return lanes >= L ? V::load(x) : V::load(x, mask);
     };
     if (p.x_affine.center == nullptr) {
@@ -195,23 +195,30 @@ void depthwise_backward_channels_last(const TrainingParams<typename V::T>& p, in
     segment.activation = Activation::kNone;
     const T* row[3];
     for (int u = 0; u < 3; ++u) row[u] = row_of_gd(conv, scratch + layout.gd, layout.gd_pitch, i, u);
-    for (int64_t v = 0; v < layout.vectors; ++v) {
+    const auto grad_x_segment = [&](int64_t v, const Block& block) {
       const int64_t c = begin + v * L;
       const auto mask = V::mask(0, channels - c);
+      const int64_t first = v * layout.gd_columns + GroupScratch<V>::first_of_gx(conv) + block.begin;
+      for (int u = 0; u < 3; ++u) segment.row[u] = row[u] == nullptr ? nullptr : row[u] + first * L;
+      T* line = scratch + layout.line;
+      kBackKernels.table[int(gx_taps)][block.size - 1](segment, 0, all, reversed + 10 * c, line);
+      T* out = p.grad_x + ((image * conv.height + i) * conv.width + block.begin) * channels + c;
+      for (int64_t m = 0; m < block.size; ++m) {
+        if (stream) {
+          V::load(line + m * L).stream(out + m * channels);
+        } else {
+          V::load(line + m * L).store(out + m * channels, mask);
+        }
+      }
+    };
+    // Where a vector is a part of a line, the parts of a line follow each other block by block: stored past the caches,
+    // a line that is not whole soon leaves in pieces.
+    constexpr int64_t kLineVectors = max_of(1, 64 / int64_t(sizeof(V)));
+    for (int64_t line_begin = 0; line_begin < layout.vectors; line_begin += kLineVectors) {
+      const int64_t line_end = min_of(line_begin + kLineVectors, layout.vectors);
       for (int64_t b = 0; b < gx_blocks; ++b) {
         const Block block = block_at(conv.width, gx_blocks, b);
-        const int64_t first = v * layout.gd_columns + GroupScratch<V>::first_of_gx(conv) + block.begin;
-        for (int u = 0; u < 3; ++u) segment.row[u] = row[u] == nullptr ? nullptr : row[u] + first * L;
-        T* line = scratch + layout.line;
-        kBackKernels.table[int(gx_taps)][block.size - 1](segment, 0, all, reversed + 10 * c, line);
-        T* out = p.grad_x + ((image * conv.height + i) * conv.width + block.begin) * channels + c;
-        for (int64_t m = 0; m < block.size; ++m) {
-          if (stream) {
-            V::load(line + m * L).stream(out + m * channels);
-          } else {
-            V::load(line + m * L).store(out + m * channels, mask);
-          }
-        }
+        for (int64_t v = line_begin; v < line_end; ++v) grad_x_segment(v, block);
       }
     }
   };

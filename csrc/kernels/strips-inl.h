@@ -62,9 +62,10 @@ struct Lane {
     return partial(strip, i) ? V::load(at(i), V::mask(0, strip.lanes)) : V::load(at(i));
   }
   // The same from a map that is not in the caches yet. In channels_last the lines of a strip are apart, so that the
-  // processor's own prefetchers follow late: what the next block of pixels reads is asked for here.
+  // processor's own prefetchers follow late: what comes two blocks of pixels later is asked for here. To L2: the few
+  // lines that L1 can wait for at a time would hold back the loads themselves.
   FUSEDSEP_INLINE V load_streaming(const Strip& strip, int64_t i) const {
-    if constexpr (kChannelsLast) __builtin_prefetch(at(i + strip.count));
+    if constexpr (kChannelsLast) __builtin_prefetch(at(i + 2 * kStripVectors), 0, 2);
     return load(strip, i);
   }
   FUSEDSEP_INLINE void store(const Strip& strip, int64_t i, const V& v, bool stream = false) const {
