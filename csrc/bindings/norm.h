@@ -7,14 +7,11 @@
 #include <optional>
 #include <vector>
 
+#include "../kernels/channel_norm.h"
 #include "../kernels/training.h"
-#include "tensors.h"
+#include "training_checks.h"
 
 namespace fusedsep {
-
-using Vector = std::optional<Tensor>;
-
-enum class Statistics : int64_t { kNone = 0, kFixed = 1, kBatch = 2 };
 
 // Values a channel in double, padded with zeros.
 using Channels = std::vector<double>;
@@ -51,15 +48,16 @@ class Norm {
   // Mean of the convolution with its bias, and biased variance: of the batch, or fixed; not read where there is no BN.
   void set_statistics(const T* mean, const T* variance) {
     Channels center(bias_.size()), scale(bias_.size());
-    inverse_.assign(bias_.size(), 0.0);
+    norms_.clear();
     for (size_t c = 0; c < size_t(channels_); ++c) {
-      center[c] = (statistics == Statistics::kNone ? 0 : double(mean[c])) - bias_[c];
-      inverse_[c] = statistics == Statistics::kNone ? 1 : 1 / std::sqrt(double(variance[c]) + eps_);
-      scale[c] = (statistics == Statistics::kNone ? 1 : gamma_[c]) * inverse_[c];
+      const bool none = statistics == Statistics::kNone;
+      norms_.emplace_back(statistics, none ? 0 : double(mean[c]), none ? 1 : std::sqrt(double(variance[c]) + eps_),
+                          gamma_[c], bias_[c]);
+      center[c] = norms_[c].center;
+      scale[c] = norms_[c].scale;
     }
     center_ = rounded<T>(center);
     scale_ = rounded<T>(scale);
-    double_scale_ = scale;
   }
   // Rounds statistics of the convolution without its bias, and takes them.
   void set_batch_statistics(const Channels& mean, const Channels& variance, T* mean_out, T* variance_out) {
@@ -76,24 +74,23 @@ class Norm {
     if (statistics != Statistics::kBatch || count == 0) return {nullptr, nullptr};
     Channels slope(bias_.size(), 0.0), offset(bias_.size(), 0.0);
     for (size_t c = 0; c < size_t(channels_); ++c) {
-      slope[c] = inverse_[c] * inverse_[c] * moment[c] / count;
-      offset[c] = sum[c] / count;
+      slope[c] = norms_[c].slope(moment[c], count);
+      offset[c] = ChannelNorm::offset(sum[c], count);
     }
     slope_ = rounded<T>(slope);
     offset_ = rounded<T>(offset);
     return {slope_.data(), offset_.data()};
   }
 
-  // Gradients of gamma, beta and the bias of the convolution. A bias in front of statistics of the batch changes
-  // nothing.
+  // Gradients of gamma, beta and the bias of the convolution.
   Tensor grad_weight(const Channels& moment) const {
-    return vector([&](size_t c) { return inverse_[c] * moment[c]; });
+    return vector([&](size_t c) { return norms_[c].grad_weight(moment[c]); });
   }
   Tensor grad_shift(const Channels& sum) const {
     return vector([&](size_t c) { return sum[c]; });
   }
   Tensor grad_bias(const Channels& sum) const {
-    return vector([&](size_t c) { return statistics == Statistics::kBatch ? 0 : double_scale_[c] * sum[c]; });
+    return vector([&](size_t c) { return norms_[c].grad_bias(sum[c]); });
   }
 
   int64_t padded() const { return padded_; }
@@ -108,7 +105,8 @@ class Norm {
   }
   int64_t channels_, padded_;
   double eps_;
-  Channels bias_, gamma_, inverse_, double_scale_;
+  Channels bias_, gamma_;
+  std::vector<ChannelNorm> norms_;
   std::vector<T> shift_, center_, scale_, slope_, offset_;
 };
 

@@ -29,8 +29,9 @@ struct Place {
   bool has(const Tensor& x) const {
     int32_t its_type;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &its_type));
-    return its_type == type && (type == aoti_torch_device_type_cpu() || x.get_device_index() == index);
+    return its_type == type && (is_cpu() || x.get_device_index() == index);
   }
+  bool is_cpu() const { return type == aoti_torch_device_type_cpu(); }
 };
 
 template <size_t kRank>
@@ -60,9 +61,10 @@ inline bool is_dense(const Tensor& x, const std::array<int64_t, 4>& sizes, bool 
 }
 
 // `x` itself where it is dense in the memory format, otherwise a copy that is.
-inline Tensor dense(const Tensor& x, const std::array<int64_t, 4>& sizes, bool channels_last) {
+inline Tensor dense(const Tensor& x, const std::array<int64_t, 4>& sizes, bool channels_last,
+                    const Place& place = Place::cpu()) {
   if (is_dense(x, sizes, channels_last)) return x;
-  Tensor copy = empty_strided<4>(sizes, dense_strides(sizes, channels_last), x.scalar_type());
+  Tensor copy = empty_strided<4>(sizes, dense_strides(sizes, channels_last), x.scalar_type(), place);
   torch::stable::copy_(copy, x);
   return copy;
 }

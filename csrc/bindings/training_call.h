@@ -1,93 +1,15 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// What the operators of training have in common: geometry, checks of their tensors, and the run on torch's threads.
+// What the operators of training on a CPU have in common: params from their tensors, and the run on torch's threads.
 #pragma once
 
 #include <algorithm>
-#include <string>
 
-#include "geometry.h"
 #include "norm.h"
 #include "run_training.h"
-#include "tensors.h"
-
-// Arguments of the schemas.
-#define FUSEDSEP_GEOMETRY "int stride, int dilation, int pad_left, int pad_right, int pad_top, int pad_bottom, "
+#include "training_checks.h"
 
 namespace fusedsep {
-
-inline std::array<int64_t, 4> sizes_of(const Tensor& x) { return {x.size(0), x.size(1), x.size(2), x.size(3)}; }
-
-inline Tensor nothing(ScalarType dtype) { return empty_strided<1>({0}, {1}, dtype); }
-
-inline Tensor empty_map(const std::array<int64_t, 4>& sizes, bool channels_last, ScalarType dtype) {
-  return empty_strided<4>(sizes, dense_strides(sizes, channels_last), dtype);
-}
-
-// The geometry of one call, from tensors that were checked.
-struct Call {
-  Geometry geometry;
-  bool channels_last;
-  int64_t batch, in_channels, height, width, out_channels, out_height, out_width;
-
-  // `x` is in the memory format that `channels_last` tells, unless it may have `any_strides`.
-  Call(const Tensor& x, const Tensor& dw_weight, int64_t outputs, const Geometry& g, bool channels_last,
-       bool any_strides = false)
-      : geometry(g), channels_last(channels_last), out_channels(outputs) {
-    check_geometry(g);
-    STD_TORCH_CHECK(x.dim() == 4 && x.size(1) >= 1 && x.is_cpu(), "x must be a CPU tensor of shape [N, C, H, W]");
-    batch = x.size(0);
-    in_channels = x.size(1);
-    height = x.size(2);
-    width = x.size(3);
-    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
-                    "x must be float32 or float64");
-    STD_TORCH_CHECK(any_strides || is_dense(x, sizes_of(x), channels_last), "x must be contiguous in ",
-                    channels_last ? "channels_last" : "NCHW", " memory format");
-    STD_TORCH_CHECK(dw_weight.dim() == 4 && dw_weight.size(0) == in_channels && dw_weight.size(1) == 1 &&
-                        dw_weight.size(2) == 3 && dw_weight.size(3) == 3 && dw_weight.is_contiguous() &&
-                        dw_weight.is_cpu() && dw_weight.scalar_type() == x.scalar_type(),
-                    "dw_weight must be a contiguous CPU tensor of shape [", in_channels,
-                    ", 1, 3, 3] and the dtype of x");
-    out_height = output_size("height", height, g.pad_top, g.pad_bottom, g);
-    out_width = output_size("width", width, g.pad_left, g.pad_right, g);
-    element_count(batch, std::max(in_channels, out_channels), out_height, out_width);
-  }
-  std::array<int64_t, 4> in_sizes() const { return {batch, in_channels, height, width}; }
-  std::array<int64_t, 4> hidden_sizes() const { return {batch, in_channels, out_height, out_width}; }
-  std::array<int64_t, 4> out_sizes() const { return {batch, out_channels, out_height, out_width}; }
-  double count() const { return double(batch) * double(out_height) * double(out_width); }
-
-  // NCHW fills vectors with pixels of a row. Where rows are shorter than two of the longest vectors, copies in
-  // channels_last cost less than what the cut vectors lose. The fake kernels in fusedsep/_ops.py know this rule.
-  bool runs_channels_last() const { return channels_last || width < 32; }
-
-  // Of kernels that run in one memory format, on maps that are in it.
-  template <typename T>
-  TrainingParams<T> params(const T* x, int64_t activation, int64_t pointwise_activation, bool in_channels_last) const {
-    TrainingParams<T> params{};
-    params.conv = {x,
-                   nullptr,
-                   nullptr,
-                   batch,
-                   in_channels,
-                   height,
-                   width,
-                   out_channels,
-                   out_height,
-                   out_width,
-                   geometry.stride,
-                   geometry.dilation,
-                   geometry.pad_top,
-                   geometry.pad_left,
-                   in_channels_last,
-                   Activation::kNone,
-                   Activation::kNone};
-    params.activation = Activation(activation);
-    params.pointwise_activation = Activation(pointwise_activation);
-    return params;
-  }
-};
 
 // Params of the passes that see p alone: one pixel of x stands for one of p.
 template <typename T>
@@ -101,47 +23,6 @@ TrainingParams<T> params_of_product(const Tensor& p, int64_t activation, bool ch
   params.conv.channels_last = channels_last;
   params.pointwise_activation = Activation(activation);
   return params;
-}
-
-inline void check_pointwise_weight(int64_t in_channels, ScalarType dtype, const Tensor& pw_weight) {
-  STD_TORCH_CHECK(pw_weight.dim() == 4 && pw_weight.size(0) >= 1 && pw_weight.size(1) == in_channels &&
-                      pw_weight.size(2) == 1 && pw_weight.size(3) == 1 && pw_weight.is_contiguous() &&
-                      pw_weight.is_cpu() && pw_weight.scalar_type() == dtype,
-                  "pw_weight must be a contiguous CPU tensor of shape [N, ", in_channels, ", 1, 1] and the dtype of x");
-}
-
-inline void check_vector(const std::string& name, const Vector& vector, int64_t channels, ScalarType dtype) {
-  if (!vector.has_value()) return;
-  STD_TORCH_CHECK(vector->dim() == 1 && vector->size(0) == channels && vector->is_contiguous() && vector->is_cpu() &&
-                      vector->scalar_type() == dtype,
-                  name, " must be a contiguous CPU tensor of ", channels, " elements and the dtype of x");
-}
-
-inline void check_norm(const std::string& name, int64_t channels, ScalarType dtype, const Vector& weight,
-                       const Vector& bias, const Vector& mean, const Vector& variance, int64_t mode,
-                       bool with_batch_statistics) {
-  check_range((name + "_mode").c_str(), mode, 0, 2);
-  check_vector(name + "_weight", weight, channels, dtype);
-  check_vector(name + "_bias", bias, channels, dtype);
-  check_vector(name + "_mean", mean, channels, dtype);
-  check_vector(name + "_var", variance, channels, dtype);
-  const bool wanted =
-      mode == int64_t(Statistics::kFixed) || (mode == int64_t(Statistics::kBatch) && with_batch_statistics);
-  STD_TORCH_CHECK(!wanted || (mean.has_value() && variance.has_value()), name, "_mean and ", name,
-                  "_var must be given in ", name, "_mode ", mode);
-}
-
-inline void check_map(const char* name, const Tensor& map, const std::array<int64_t, 4>& sizes, ScalarType dtype) {
-  STD_TORCH_CHECK(map.dim() == 4 && sizes_of(map) == sizes && map.is_cpu() && map.scalar_type() == dtype, name,
-                  " must be a CPU tensor of shape [", sizes[0], ", ", sizes[1], ", ", sizes[2], ", ", sizes[3],
-                  "] and the dtype of x");
-}
-
-inline void check_dense_map(const char* name, const Tensor& map, const std::array<int64_t, 4>& sizes, ScalarType dtype,
-                            bool channels_last) {
-  check_map(name, map, sizes, dtype);
-  STD_TORCH_CHECK(is_dense(map, sizes, channels_last), name, " must be contiguous in ",
-                  channels_last ? "channels_last" : "NCHW", " memory format");
 }
 
 // Images from one memory format to the other.

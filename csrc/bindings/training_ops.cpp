@@ -3,46 +3,19 @@
 // The operators of training, in LibTorch's stable ABI: forward and backward as one call each.
 #include <torch/csrc/stable/library.h>
 
-#include <tuple>
-
 #include "training_call.h"
 
 namespace fusedsep {
 namespace {
 
-// The arguments that stand for the four modules.
-struct Modules {
-  const Tensor& dw_weight;
-  const Vector &dw_bias, &bn1_weight, &bn1_bias, &bn1_mean, &bn1_var;
-  const Tensor& pw_weight;
-  const Vector &pw_bias, &bn2_weight, &bn2_bias, &bn2_mean, &bn2_var;
-  int64_t bn1_mode;
-  double bn1_eps;
-  int64_t bn2_mode;
-  double bn2_eps;
-
-  // Statistics of the batch are given to the backward.
-  void check(const Call& call, ScalarType dtype, bool with_batch_statistics) const {
-    check_pointwise_weight(call.in_channels, dtype, pw_weight);
-    check_norm("bn1", call.in_channels, dtype, bn1_weight, bn1_bias, bn1_mean, bn1_var, bn1_mode,
-               with_batch_statistics);
-    check_norm("bn2", call.out_channels, dtype, bn2_weight, bn2_bias, bn2_mean, bn2_var, bn2_mode,
-               with_batch_statistics);
-    check_vector("dw_bias", dw_bias, call.in_channels, dtype);
-    check_vector("pw_bias", pw_bias, call.out_channels, dtype);
-  }
-  template <typename T>
-  Norm<T> norm1(const Call& call) const {
-    return {dw_bias, bn1_weight, bn1_bias, Statistics(bn1_mode), bn1_eps, call.in_channels};
-  }
-  template <typename T>
-  Norm<T> norm2(const Call& call) const {
-    return {pw_bias, bn2_weight, bn2_bias, Statistics(bn2_mode), bn2_eps, call.out_channels};
-  }
-};
-
-using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-using Nine = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+template <typename T>
+Norm<T> norm1_of(const Modules& m, const Call& call) {
+  return {m.dw_bias, m.bn1_weight, m.bn1_bias, Statistics(m.bn1_mode), m.bn1_eps, call.in_channels};
+}
+template <typename T>
+Norm<T> norm2_of(const Modules& m, const Call& call) {
+  return {m.pw_bias, m.bn2_weight, m.bn2_bias, Statistics(m.bn2_mode), m.bn2_eps, call.out_channels};
+}
 
 // What makes y of p, as KeptInput takes it.
 template <typename T>
@@ -97,7 +70,7 @@ Seven separable_conv2d_training(const Tensor& x, const Tensor& dw_weight, const 
     const Incoming<T> own_x(x, call.in_sizes(), channels_last, in_channels_last);
     Tensor p = empty_map(call.out_sizes(), in_channels_last, dtype);
     Outgoing<T> y(call.out_sizes(), channels_last, in_channels_last);
-    Norm<T> norm1 = modules.norm1<T>(call), norm2 = modules.norm2<T>(call);
+    Norm<T> norm1 = norm1_of<T>(modules, call), norm2 = norm2_of<T>(modules, call);
     auto run = run_of(call.params<T>(own_x.data(), activation, pointwise_activation, in_channels_last));
     run.params.conv.y = p.mutable_data_ptr<T>();
     run.params.y = y.data();
@@ -139,7 +112,6 @@ Nine separable_conv2d_training_backward(const Tensor& grad_y, const Tensor& x, c
   check_map("grad_y", grad_y, call.out_sizes(), dtype);
   check_map("p", p, call.out_sizes(), dtype);
 
-  enum { kX, kDwWeight, kDwBias, kBn1Weight, kBn1Bias, kPwWeight, kPwBias, kBn2Weight, kBn2Bias };
   const auto wants = [wanted](int i) { return (wanted >> i & 1) != 0; };
   const bool wants_depthwise = wants(kX) || wants(kDwWeight);
   const bool wants_g1 = wants_depthwise || wants(kDwBias) || wants(kBn1Weight) || wants(kBn1Bias);
@@ -151,7 +123,7 @@ Nine separable_conv2d_training_backward(const Tensor& grad_y, const Tensor& x, c
     const Tensor own_p = dense(p, call.out_sizes(), in_channels_last);  // whoever kept it may have laid it out anew
     const Tensor dense_grad_y = dense(grad_y, call.out_sizes(), channels_last);
     const Incoming<T> own_grad_y(dense_grad_y, call.out_sizes(), channels_last, in_channels_last);
-    Norm<T> norm1 = modules.norm1<T>(call), norm2 = modules.norm2<T>(call);
+    Norm<T> norm1 = norm1_of<T>(modules, call), norm2 = norm2_of<T>(modules, call);
     norm1.set_statistics(bn1_mode == 0 ? nullptr : bn1_mean->const_data_ptr<T>(),
                          bn1_mode == 0 ? nullptr : bn1_var->const_data_ptr<T>());
     norm2.set_statistics(bn2_mode == 0 ? nullptr : bn2_mean->const_data_ptr<T>(),
