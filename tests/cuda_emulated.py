@@ -9,6 +9,7 @@ import os
 import shlex
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,12 +18,16 @@ import tolerance
 from cases import ACTIVATION_CODES, Case, Operands
 
 ROOT = Path(__file__).resolve().parent.parent
-HOST = ROOT / "tests" / "cuda_host"
+HOST, KERNELS = ROOT / "tests" / "cuda_host", ROOT / "csrc" / "cuda"
 
 #: Name of an element type -> its number in tests/cuda_host/kernels.cpp, and bits of its significand.
 TYPES = {"float32": (0, 24), "float16": (1, 11), "bfloat16": (2, 8)}
 #: Number of significant bits of TF32.
 TF32_BITS = 11
+
+
+#: What runs on the host, the longest first.
+SOURCES = ("forward.cu", "training.cu", "kernels.cpp", "training.cpp")
 
 
 class Plan(NamedTuple):
@@ -38,13 +43,14 @@ PLANS = [*(Plan(shape) for shape in range(3)), *(Plan(shape, True, slices) for s
 
 
 def compile_for_host(source: str, output: Path, *flags: str) -> None:
-    """``source`` of tests/cuda_host with the emulation."""
+    """``source`` of tests/cuda_host, or of csrc/cuda, with the emulation."""
+    path = HOST / source
     command = [
         *shlex.split(os.environ.get("CXX", "c++")),
         *("-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
         *flags,
-        *(f"-I{folder}" for folder in (ROOT / "csrc" / "cuda", HOST)),
-        *(str(HOST / source), "-o", str(output)),
+        *(f"-I{folder}" for folder in (KERNELS, HOST)),
+        *("-x", "c++", str(path if path.exists() else KERNELS / source), "-o", str(output)),
     ]
     subprocess.run(command, check=True, timeout=600, env=without_preload())
 
@@ -58,10 +64,14 @@ def without_preload() -> dict[str, str]:
 def library() -> ctypes.CDLL:
     """Compiled once in a process; under the sanitizers that ``FUSEDSEP_SANITIZE`` names, as the extension is."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernels.so"
         sanitizers = os.environ.get("FUSEDSEP_SANITIZE")
         flags = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"] if sanitizers else ["-O2"]
-        compile_for_host("kernels.cpp", path, "-shared", "-fPIC", *flags)
+        objects = [Path(folder) / f"{source}.o" for source in SOURCES]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda path: compile_for_host(path.stem, path, "-c", "-fPIC", *flags), objects))
+        path = Path(folder) / "kernels.so"
+        link = [*shlex.split(os.environ.get("CXX", "c++")), "-shared", *flags, *map(str, objects), "-o", str(path)]
+        subprocess.run(link, check=True, timeout=600, env=without_preload())
         loaded = ctypes.CDLL(str(path))
     loaded.packed_size.restype = ctypes.c_int64
     loaded.error_message.restype = ctypes.c_char_p

@@ -7,11 +7,14 @@ that there is.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
+import cases
 import torch
 import torch.nn.functional as F
 from cases import ACTIVATION_CODES, Case
+from tolerance import FACTOR_TO_TORCH
 
 from fusedsep import _ops
 
@@ -19,6 +22,22 @@ EPS = (1e-5, 1e-3)
 ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish}
 #: Where each activation has no derivative.
 KINKS = {"none": (), "relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0)}
+
+#: One value a channel has no variance.
+CASES = [
+    case
+    for case in dict.fromkeys(cases.ALL)
+    if case.batch > 0 and case.batch * case.out_shape[2] * case.out_shape[3] > 1
+]
+#: Several tiles, several groups of tiles, several channel groups; tiles that end within rows and images.
+LARGE = [
+    Case(24, 40, 33, 31, batch=3, pointwise_activation="relu"),
+    Case(130, 70, 15, 17, 2, batch=3, activation="relu6", pointwise_activation="hardswish"),
+    Case(8, 8, 90, 97, batch=2),
+    Case(300, 20, 9, 9, batch=5, activation="hardswish"),
+    Case(16, 32, 190, 180, activation="none", batch=2),  # maps that are stored past the caches
+]
+MODES = list(itertools.product((0, 1, 2), repeat=2))
 
 
 class Arguments(NamedTuple):
@@ -95,17 +114,17 @@ def _is_parameter(index: int) -> bool:
     return index % 6 < 4
 
 
-def outcome_of_torch(given: Arguments, dtype=torch.double, rounding=lambda x: x) -> list[torch.Tensor]:
+def outcome_of_torch(given: Arguments, dtype=torch.double, rounding=lambda x: x, device="cpu") -> list[torch.Tensor]:
     """By the unfused functions and autograd."""
 
     def leaf(tensor, requires_grad):
-        return None if tensor is None else tensor.to(dtype).requires_grad_(requires_grad)
+        return None if tensor is None else tensor.to(device, dtype).requires_grad_(requires_grad)
 
     x = leaf(given.x.detach().clone(), True)
     operands = [leaf(None if t is None else t.clone(), _is_parameter(i)) for i, t in enumerate(given.operands)]
     y, maps, _ = _forward(given, x, operands, rounding)
     wanted = [x, *(t for i, t in enumerate(operands) if t is not None and _is_parameter(i))]
-    gradients = torch.autograd.grad(y, wanted, given.grad_y.to(dtype))
+    gradients = torch.autograd.grad(y, wanted, given.grad_y.to(device, dtype))
     statistics = []
     for mode, value in zip(given.modes, maps, strict=True):
         if mode == 2:
@@ -149,6 +168,24 @@ def inherent_errors(given: Arguments, dtype, expected: list[torch.Tensor]) -> li
     return largest
 
 
+def assert_near(given: Arguments, dtype, *actual: list[torch.Tensor], factor=FACTOR_TO_TORCH) -> None:
+    """Each outcome is at most ``factor`` times as far off as unfused torch, plus a few times what rounding does."""
+    expected = outcome_of_torch(given)
+    unfused = expected if dtype == torch.float64 else outcome_of_torch(given, dtype)
+    inherent = inherent_errors(given, dtype, expected)
+    # Chains of sums round up to sixteen times; and the float64 reference has an error of its own.
+    roundings = 64 if dtype == torch.float64 else 8
+    for results in actual:
+        for index, (ours, exact, theirs) in enumerate(zip(results, expected, unfused, strict=True)):
+            assert ours.dtype == dtype
+            assert ours.shape == exact.shape
+            error, allowed = (ours.cpu().double() - exact).abs().max(), (theirs.double() - exact).abs().max()
+            assert error <= factor * allowed + roundings * inherent[index], (
+                f"{given.case}: result {index} is off by {error:.3g}, unfused torch by {allowed:.3g}, "
+                f"and rounding every map changes it by {inherent[index]:.3g}"
+            )
+
+
 def settings(given: Arguments, channels_last: bool) -> tuple:
     case = given.case
     return (
@@ -165,11 +202,11 @@ def settings(given: Arguments, channels_last: bool) -> tuple:
     )
 
 
-def run(given: Arguments, dtype=torch.double, channels_last=False, wanted=None, grad_y=None):
+def run(given: Arguments, dtype=torch.double, channels_last=False, wanted=None, grad_y=None, device="cpu"):
     """The nine gradients of the operators, and before them y, p and the statistics."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    x = given.x.to(dtype).contiguous(memory_format=memory_format)
-    operands = [None if t is None else t.to(dtype) for t in given.operands]
+    x = given.x.to(device, dtype).contiguous(memory_format=memory_format)
+    operands = [None if t is None else t.to(device, dtype) for t in given.operands]
     rest = settings(given, channels_last)
     y, p, mean1, var1, mean2, var2, _ = _ops.separable_conv2d_training(x, *operands, *rest)
     if given.modes[0] == 2:
@@ -177,7 +214,7 @@ def run(given: Arguments, dtype=torch.double, channels_last=False, wanted=None, 
     if given.modes[1] == 2:
         operands[10], operands[11] = mean2, var2
     if grad_y is None:
-        grad_y = given.grad_y.to(dtype).contiguous(memory_format=memory_format)
+        grad_y = given.grad_y.to(device, dtype).contiguous(memory_format=memory_format)
     if wanted is None:
         wanted = all_wanted(given)
     gradients = _ops.separable_conv2d_training_backward(grad_y, x, None, p, *operands, *rest, wanted)
@@ -190,9 +227,9 @@ def all_wanted(given: Arguments) -> int:
     return sum(1 << bit for bit, there in enumerate(present) if there)
 
 
-def outcome(given: Arguments, dtype=torch.double, channels_last=False) -> list[torch.Tensor]:
+def outcome(given: Arguments, dtype=torch.double, channels_last=False, device="cpu") -> list[torch.Tensor]:
     """By the operators, in the order of :func:`outcome_of_torch`."""
-    outputs, gradients = run(given, dtype, channels_last)
+    outputs, gradients = run(given, dtype, channels_last, device=device)
     wanted = all_wanted(given)
     statistics = [
         statistic

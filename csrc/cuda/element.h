@@ -110,6 +110,12 @@ FUSEDSEP_DEVICE void store(T* to, const Vector<T, kCount>& vector) {
   *reinterpret_cast<Vector<T, kCount>*>(to) = vector;
 }
 
+// An element, or what stands for it where there is no tensor.
+template <typename T>
+FUSEDSEP_DEVICE double number(const T* values, int64_t i, double otherwise) {
+  return values == nullptr ? otherwise : double(to_float(values[i]));
+}
+
 // As csrc/kernels/activation-inl.h has them; NaN stays NaN.
 FUSEDSEP_DEVICE float above_zero(float x) { return x <= 0 ? 0.0f : x; }
 FUSEDSEP_DEVICE float up_to_six(float x) { return x >= 6 ? 6.0f : x; }
@@ -133,6 +139,21 @@ FUSEDSEP_DEVICE void normalize(Activation activation, const float (&scale)[kCoun
     const float bounded = values[i] <= low ? low : values[i];
     values[i] = bounded >= high ? high : bounded;
   }
+}
+
+// g * act'(x), as csrc/kernels/activation-inl.h has it.
+FUSEDSEP_DEVICE float activation_gradient(Activation activation, float x, float g) {
+  switch (activation) {
+    case Activation::kNone:
+      return g;
+    case Activation::kRelu:
+      return x > 0 ? g : 0.0f;
+    case Activation::kRelu6:
+      return x > 0 && x < 6 ? g : 0.0f;
+    case Activation::kHardswish:
+      return x > -3 ? (x < 3 ? g * fmaf(x, 1.0f / 3, 0.5f) : g) : 0.0f;
+  }
+  return g;
 }
 
 }  // namespace cuda

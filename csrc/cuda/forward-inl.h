@@ -157,6 +157,19 @@ void separable_forward(const SeparableParams<T>& p, const Plan& plan, const Devi
 }
 
 template <typename T>
+void multiply_rows(const SeparableParams<T>& p, const T* rows, const Device& device, Stream stream) {
+  const int64_t map_pixels = p.out_height * p.out_width, pixels = p.batch * map_pixels;
+  constexpr bool kTensorCores = sizeof(T) == 2;
+  with_shape(choose_shape_for_rows(p, kTensorCores, device), [&](auto shape) {
+    using S = decltype(shape);
+    const int64_t tiles = ceil_div(p.out_channels, S::kColumns);
+    launch(product_kernel<S, false, false, kTensorCores, T>, ceil_div(pixels, S::kPixels) * tiles, S::kThreads,
+           SharedLayout<S, T>::size(false, padded(p.in_channels)), stream, p, rows, tiles,
+           has_vectors(p.y, p.out_channels, map_pixels, p.channels_last));
+  });
+}
+
+template <typename T>
 bool reads_vectors(const SeparableParams<T>& p) {
   return p.channels_last && has_vectors(p.x, p.in_channels, 0, true);
 }
@@ -190,10 +203,6 @@ struct ScaleAndShift {
   FUSEDSEP_DEVICE float scale_of(int64_t i) const { return scale == nullptr ? 1.0f : float(scale[i]); }
   FUSEDSEP_DEVICE float shift_of(int64_t i) const { return shift == nullptr ? 0.0f : float(shift[i]); }
 };
-template <typename T>
-FUSEDSEP_DEVICE double number(const T* values, int64_t i, double otherwise) {
-  return values == nullptr ? otherwise : double(to_float(values[i]));
-}
 template <typename T>
 FUSEDSEP_DEVICE double bn_scale(const NormTensors<T>& bn, int64_t i) {
   return bn.mean == nullptr ? 1.0 : number(bn.weight, i, 1) / sqrt(number(bn.var, i, 0) + bn.eps);

@@ -1,35 +1,14 @@
 // SPDX-License-Identifier: BSD-3-Clause
-#include <memory>
-#include <mutex>
-#include <vector>
-
 #include "forward-inl.h"
 
 namespace fusedsep::cuda {
 
-const Device& device_of(int index) {
-  static std::mutex mutex;
-  static std::vector<std::unique_ptr<Device>> devices;
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (devices.size() <= size_t(index)) devices.resize(size_t(index) + 1);
-  if (devices[size_t(index)] == nullptr) {
-    const auto attribute = [&](cudaDeviceAttr which) {
-      int value = 0;
-      check(cudaDeviceGetAttribute(&value, which, index));
-      return int64_t(value);
-    };
-    devices[size_t(index)].reset(new Device{attribute(cudaDevAttrMultiProcessorCount),
-                                            attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                                            attribute(cudaDevAttrComputeCapabilityMajor) >= 8});
-  }
-  return *devices[size_t(index)];
-}
-
-#define FUSEDSEP_FORWARD(T)                                                  \
-  template void pack(const PackParams<T>&, float*, Stream);                  \
-  template void pack(const ModuleTensors<T>&, float*, Stream);               \
-  template Plan plan_of(const SeparableParams<T>&, bool, const Device&);     \
-  template int64_t scratch_elements(const SeparableParams<T>&, const Plan&); \
+#define FUSEDSEP_FORWARD(T)                                                                \
+  template void pack(const PackParams<T>&, float*, Stream);                                \
+  template void pack(const ModuleTensors<T>&, float*, Stream);                             \
+  template Plan plan_of(const SeparableParams<T>&, bool, const Device&);                   \
+  template int64_t scratch_elements(const SeparableParams<T>&, const Plan&);               \
+  template void multiply_rows(const SeparableParams<T>&, const T*, const Device&, Stream); \
   template void separable_forward(const SeparableParams<T>&, const Plan&, bool, const Device&, T*, Stream);
 FUSEDSEP_FORWARD(float)
 FUSEDSEP_FORWARD(float16)

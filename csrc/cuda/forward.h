@@ -59,4 +59,8 @@ template <typename T>
 void separable_forward(const SeparableParams<T>& params, const Plan& plan, bool allow_tf32, const Device& device,
                        T* scratch, Stream stream);
 
+// The product of an unfused forward alone: y of h in rows of padded(params.in_channels) elements; x is not read.
+template <typename T>
+void multiply_rows(const SeparableParams<T>& params, const T* rows, const Device& device, Stream stream);
+
 }  // namespace fusedsep::cuda

@@ -130,4 +130,23 @@ Plan choose_plan(const SeparableParams<T>& p, bool vectors, bool tensor_cores, c
   return best;
 }
 
+// Of a product whose rows are in memory.
+template <typename T>
+int choose_shape_for_rows(const SeparableParams<T>& p, bool tensor_cores, const Device& device) {
+  const int64_t pixels = p.batch * p.out_height * p.out_width, channels = padded(p.in_channels);
+  int best = 0;
+  double least = 0;
+  for (int number = 0; number < kShapes; ++number) {
+    with_shape(number, [&](auto shape) {
+      using S = decltype(shape);
+      if (SharedLayout<S, T>::size(false, channels) > device.shared_bytes) return;
+      const int64_t blocks = ceil_div(p.out_channels, S::kColumns) * ceil_div(pixels, S::kPixels);
+      const double cycles =
+          double(ceil_div(blocks, device.multiprocessors)) * product_cycles<S>(sizeof(T), tensor_cores);
+      if (least == 0 || cycles <= least) best = number, least = cycles;
+    });
+  }
+  return best;
+}
+
 }  // namespace fusedsep::cuda

@@ -1,34 +1,19 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // The launchers of csrc/cuda, compiled for the host with the emulation, as functions for ctypes.
-#include <cstdio>
 #include <memory>
 #include <type_traits>
 #include <vector>
 
-#include "forward-inl.h"
+#include "calls.h"
+#include "forward.h"
+#include "mma.h"
 
 namespace {
 
 using fusedsep::Activation;
 using fusedsep::bfloat16;
 using fusedsep::float16;
-
-char message[256];
-
-// f(T()) for the type of that number; what it throws is kept for `error_message`.
-template <class F>
-int guarded(int type, const F& f) {
-  try {
-    if (type == 0) f(0.0f);
-    if (type == 1) f(float16());
-    if (type == 2) f(bfloat16());
-    return 0;
-  } catch (const std::exception& error) {
-    std::snprintf(message, sizeof(message), "%s", error.what());
-    return 1;
-  }
-}
 
 }  // namespace
 
