@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The CUDA kernels: whether this build has them, and which maps they take. Inference alone; see ``_kernel_path``."""
+"""The CUDA kernels: whether this build has them, and which maps they take; see ``_kernel_path``."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import torch
 
@@ -16,6 +17,15 @@ except ImportError as error:
         _reason = f"the CUDA kernels of this build cannot be loaded ({error})"
 
 _DTYPES = () if _kernels is None else tuple(getattr(torch, name) for name in _kernels.build_info["dtypes"])
+
+#: The kernels of training have never run on a GPU: they are in use where the user asks for them.
+_TRAINING_VARIABLE = "FUSEDSEP_CUDA_TRAINING"
+_trains = _kernels is not None and os.environ.get(_TRAINING_VARIABLE) == "1"
+
+
+def trains() -> bool:
+    """Whether the kernels take gradients and statistics of the batch of what they cover."""
+    return _trains
 
 
 def covers(x: torch.Tensor) -> bool:
@@ -49,6 +59,8 @@ def state() -> str:
         return _reason
     build = _kernels.build_info
     built = f"kernels for inference, {', '.join(build['dtypes'])}; {', '.join(build['targets'])}; nvcc {build['nvcc']}"
+    training = "in use" if _trains else f"not in use without {_TRAINING_VARIABLE}=1"
+    built = f"{built}; kernels for training {training}"
     if torch.version.cuda is None:
         return f"{built}; not in use: torch {torch.__version__} has no CUDA"
     if not torch.cuda.is_available():

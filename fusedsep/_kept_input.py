@@ -12,7 +12,7 @@ import weakref
 
 import torch
 
-from . import _compat
+from . import _compat, _ops
 
 _ATTRIBUTE = "_fusedsep_product"
 
@@ -56,7 +56,7 @@ def kept_for_backward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | Non
     if _compat.has_saved_tensors_hooks():
         # torch.utils.checkpoint runs a part of the network again, where `x` may come without its attribute, and takes
         # the tensors that are kept then in the place of these, one by one: there have to be as many, of equal shapes.
-        return x, x.new_full((4, x.shape[1]), -1.0)
+        return x, x.new_full((4, x.shape[1]), -1.0, dtype=_ops.statistics_dtype(x))
     return x, None
 
 

@@ -76,7 +76,7 @@ def covered_tensors(
     ):
         operands = Operands(*weight_and_bias(dw), *norm_tensors(bn1), *weight_and_bias(pw), *norm_tensors(bn2))
         if are_readable(x.dtype, operands, None if x.is_cpu else x.device) and (
-            covers_training(x)
+            covers_training(x, bn1, bn2)
             or not (
                 any(bn is not None and uses_batch_statistics(bn) for bn in (bn1, bn2)) or wants_gradient(x, operands)
             )
@@ -119,9 +119,12 @@ def covers_tensors(x: torch.Tensor, *tensors: torch.Tensor | None) -> bool:
     )
 
 
-def covers_training(x: torch.Tensor) -> bool:
-    """Whether there are kernels for gradients and statistics of the batch where ``x`` is: not on a GPU."""
-    return x.is_cpu
+def covers_training(x: torch.Tensor, *norms: BatchNorm | _BatchNorm | None) -> bool:
+    """Whether there are kernels for gradients and statistics of the batch where ``x`` is.
+
+    On a GPU where they are switched on, and where no process shares its statistics with others.
+    """
+    return x.is_cpu or (_cuda.trains() and all(bn is None or _sync.process_group(bn) is None for bn in norms))
 
 
 def wants_gradient(x: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> bool:

@@ -81,6 +81,11 @@ class Settings(NamedTuple):
     channels_last: bool
 
 
+def statistics_dtype(x: torch.Tensor) -> torch.dtype:
+    """Of statistics of the batch and normalizations of ``x``."""
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+
+
 # -------------------------------------------------------------------------------------------------- shapes for tracing
 
 
@@ -123,14 +128,15 @@ def _(x, packed, layers):  # type: ignore[no-untyped-def]
 def _(x, *operands_and_settings):  # type: ignore[no-untyped-def]
     operands, settings = Operands(*operands_and_settings[:12]), Settings(*operands_and_settings[12:])
     in_channels, out_channels = operands.dw_weight.shape[0], operands.pw_weight.shape[0]
+    dtype = statistics_dtype(x)
     statistics = []
     for mode, channels in ((settings.bn1_mode, in_channels), (settings.bn2_mode, out_channels)):
         size = channels if mode == BATCH_STATISTICS else 0
-        statistics += [x.new_empty(size), x.new_empty(size)]
+        statistics += [x.new_empty(size, dtype=dtype), x.new_empty(size, dtype=dtype)]
     y = _map(x, out_channels, *settings[4:10], settings.channels_last)
-    # The product is in the format that the kernels run in (csrc/bindings/training_call.h).
-    p = _map(x, out_channels, *settings[4:10], settings.channels_last or x.shape[3] < 32)
-    return y, p, *statistics, x.new_empty((4, out_channels))
+    # The product is in the format that the kernels run in: on a CPU as csrc/bindings/training_checks.h says.
+    p = _map(x, out_channels, *settings[4:10], settings.channels_last or (not x.is_cuda and x.shape[3] < 32))
+    return y, p, *statistics, x.new_empty((4, out_channels), dtype=dtype)
 
 
 @torch.library.register_fake("fusedsep::separable_conv2d_training_backward")

@@ -65,12 +65,13 @@ def _composite_outputs(x: torch.Tensor, operands: Operands, settings: Settings) 
     """All that the training operator returns; ``y`` alone has derivatives."""
     y, depthwise, product, pointwise = _composite_maps(x, operands, settings)
     outputs = [y, product.detach().clone()]  # a clone, since without BN and activation the product is y
+    dtype = _ops.statistics_dtype(x)
     for mode, value in ((settings.bn1_mode, depthwise), (settings.bn2_mode, pointwise)):
         if mode == BATCH_STATISTICS:
-            var, mean = torch.var_mean(value.detach(), (0, 2, 3), correction=0)
+            var, mean = torch.var_mean(value.detach().to(dtype), (0, 2, 3), correction=0)
             outputs += [mean, var]
         else:
-            outputs += [x.new_empty(0), x.new_empty(0)]
+            outputs += [x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)]
     return *outputs, _composite_normalization(product.detach(), *outputs[4:], operands, settings)
 
 
@@ -89,7 +90,8 @@ def _composite_normalization(
         shift = zeros if t.bn2_bias is None else t.bn2_bias
     if t.pw_bias is not None:
         center = center - t.pw_bias
-    return torch.stack([center, scale, shift, zeros + settings.pointwise_activation]).detach()
+    rows = torch.stack([center, scale, shift, zeros + settings.pointwise_activation])
+    return rows.to(_ops.statistics_dtype(p)).detach()
 
 
 # ----------------------------------------------------------------------------------------------------------- gradients
@@ -147,7 +149,8 @@ def _differentiable_input(node: Any) -> torch.Tensor:
         return kept
     if node.origin is None:  # the history was cut off
         center, scale, shift, code = normalization.view(4, -1, 1, 1)
-        return apply_activation(ACTIVATION_NAMES[int(code[0].item())], (kept - center) * scale + shift)
+        x = ((kept - center) * scale + shift).to(kept.dtype)
+        return apply_activation(ACTIVATION_NAMES[int(code[0].item())], x)
     _, _, _, *operands = _saved_once(node.origin)
     return composite(_differentiable_input(node.origin), Operands(*operands), node.origin.settings)
 
@@ -277,11 +280,18 @@ def update_running_statistics(bn: Any, mean: torch.Tensor, var: torch.Tensor, co
     with torch.no_grad():
         weight = bn.momentum
         counter = getattr(bn, "num_batches_tracked", None)
+
+        def follow(running: torch.Tensor, value: torch.Tensor, weight: float | torch.Tensor) -> None:
+            if running.dtype == value.dtype:
+                running.lerp_(value, weight)
+            else:  # 16-bit maps have float32 statistics
+                running.copy_(running.to(value.dtype).lerp_(value, weight))
+
         if counter is not None:
             counter.add_(1)
             if weight is None:  # the average over all batches so far
                 weight = counter.to(mean.dtype).reciprocal()
         if bn.running_mean is not None and count > 0:
             weight = 0.0 if weight is None else weight
-            bn.running_mean.lerp_(mean, weight)
-            bn.running_var.lerp_(var * (count / (count - 1)), weight)
+            follow(bn.running_mean, mean, weight)
+            follow(bn.running_var, var * (count / (count - 1)), weight)

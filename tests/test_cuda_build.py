@@ -22,6 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 REGISTERS, SPILLS, STACK = 65_536, 128, 272
 #: Threads of a block: no kernel has more (csrc/cuda/tiles.h).
 THREADS = 256
+#: Passes of training that are compiled once for each way of reading a map.
+MAP_PASSES = (
+    *("depthwise_statistics", "hidden", "activation_backward", "depthwise_backward", "input_gradient"),
+    *("product_statistics", "normalize", "normalize_backward_reduce", "product_gradient"),
+)
 
 
 def usage(report: str) -> tuple[list[tuple[str, str]], list[tuple[int, ...]], list[int]]:
@@ -41,18 +46,26 @@ def test_kernels_stay_within_their_budget_on_every_target(monkeypatch):
     monkeypatch.setenv("FUSEDSEP_CUDA", "1")
     build = setup_cuda.CudaBuild.from_environment()
     build.compile(ROOT)  # does nothing where the extension was built from these sources
-    report = "".join(path.with_suffix(".ptxas.txt").read_text() for path in build.objects(ROOT))
-    kernels, stacks, registers = usage(report)
+    reports = {path.stem: path.with_suffix(".ptxas.txt").read_text() for path in build.objects(ROOT)}
+    kernels, stacks, registers = usage("".join(reports.values()))
     targets = {target for target in setup_cuda.TARGETS if target.startswith("sm_")}
     # Products: three shapes; fused in two ways of reading, or not; three types, and TF32. The depthwise stage alone:
     # two ways of reading, three types. Packing: two sources of scales, three types.
-    for kind, count in (("product", 36), ("depthwise", 6), ("pack", 6)):
-        found = Counter(target for name, target in kernels if f"{kind}_kernel" in name)
+    # Training: the gradient of the weights of three shapes and types; passes over maps, of float32 in three ways of
+    # reading and of two types in two; what merges sums.
+    counts = {"product": 36, "depthwise": 6, "pack": 6, "weight_gradient": 9}
+    counts |= dict.fromkeys(MAP_PASSES, 7)
+    counts |= dict.fromkeys(("norm", "norm_backward", "pack_transposed", "depthwise_weight", "add_splits"), 3)
+    counts |= dict.fromkeys(("merge_sums", "merge_moments"), 1)
+    for kind, count in counts.items():
+        found = Counter(target for name, target in kernels if re.search(rf"\d{kind}_kernel", name))
         assert found == dict.fromkeys(targets, count), kind
-    assert len(kernels) == len(stacks) == len(registers) == 48 * len(targets)
+    assert len(kernels) == len(stacks) == len(registers) == sum(counts.values()) * len(targets)
     assert max(stack for stack, _, _ in stacks) <= STACK
     assert max(stores + loads for _, stores, loads in stacks) <= SPILLS
     assert max(registers) * THREADS <= REGISTERS
+    _, stacks_of_training, _ = usage(reports["training"])
+    assert not any(stores + loads for _, stores, loads in stacks_of_training)
 
 
 def test_the_report_of_ptxas_is_understood():
@@ -75,9 +88,10 @@ def test_the_extension_loads_and_reports_its_kernels():
     state = fusedsep.backend_info()["cuda"]
     assert state.startswith("kernels for inference, float32, float16, bfloat16; sm_75, sm_80, ")
     assert "compute_120; nvcc 1" in state
+    assert "; kernels for training not in use without FUSEDSEP_CUDA_TRAINING=1" in state
     if torch.version.cuda is None:
         assert state.endswith(f"not in use: torch {torch.__version__} has no CUDA")
-    for operator in ("pack", "separable_conv2d"):
+    for operator in _cuda._kernels.build_info["operators"]:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fusedsep::{operator}", "CUDA")
 
 
@@ -92,6 +106,31 @@ def test_packed_weights_have_the_size_that_the_kernels_read():
         y = torch.ops.fusedsep.separable_conv2d(x, packed, 7, 2, 1, 1, 1, 1, 1, 0, 0, True)
         assert (y.shape, y.dtype) == ((2, 7, 5, 4), torch.float16)
         assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.needs_cuda_build
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_shapes_of_training_on_a_gpu(dtype):
+    """As torch.compile asks for them: maps in the format of x, statistics in float32."""
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=False):
+        x = torch.empty(2, 5, 9, 8, device="cuda", dtype=dtype)
+        weights = [torch.empty(shape, device="cuda", dtype=dtype) for shape in ((5, 1, 3, 3), (7, 5, 1, 1))]
+        operands = [weights[0], *5 * [None], weights[1], *5 * [None]]
+        settings = (2, 1e-5, 2, 1e-5, 2, 1, 1, 1, 1, 1, 1, 1, False)
+        y, p, *statistics, normalization = torch.ops.fusedsep.separable_conv2d_training(x, *operands, *settings)
+        for product in (y, p):
+            assert (product.shape, product.dtype) == ((2, 7, 5, 4), dtype)
+            assert product.is_contiguous()
+        assert [(s.shape[0], s.dtype) for s in statistics] == [(c, torch.float32) for c in (5, 5, 7, 7)]
+        assert (normalization.shape, normalization.dtype) == ((4, 7), torch.float32)
+
+
+def test_training_on_a_gpu_is_for_those_who_ask():
+    for value, trains in (("1", True), ("0", False), ("", False)):
+        code = "import sys, types; from fusedsep import _cuda; print(_cuda.trains(), _cuda._kernels is not None)"
+        result = run_code(code, FUSEDSEP_CUDA_TRAINING=value)
+        built = _cuda._kernels is not None
+        assert result.stdout.split() == [str(trains and built), str(built)], result.stderr
 
 
 def test_a_package_without_the_extension_says_so():

@@ -23,7 +23,8 @@ PYBIND11_MODULE(_C_cuda, m) {
   py::dict build;
   build["nvcc"] = FUSEDSEP_NVCC_VERSION;
   build["targets"] = py::module_::import("json").attr("loads")(FUSEDSEP_CUDA_TARGETS_JSON);
-  build["operators"] = py::make_tuple("pack", "pack_modules", "separable_conv2d");
+  build["operators"] = py::make_tuple("pack", "pack_modules", "separable_conv2d", "separable_conv2d_training",
+                                      "separable_conv2d_training_backward");
   build["dtypes"] = py::make_tuple("float32", "float16", "bfloat16");
   m.attr("build_info") = build;
 }

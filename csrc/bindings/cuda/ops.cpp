@@ -7,6 +7,7 @@
 
 #include "../../cuda/forward.h"
 #include "../separable_call.h"
+#include "limits.h"
 #include "stream.h"
 
 namespace fusedsep {
@@ -14,21 +15,12 @@ namespace {
 
 namespace accelerator = torch::stable::accelerator;
 
-// f(T()) for the element type.
-template <class F>
-auto dispatch(const char* name, ScalarType dtype, const F& f) {
-  if (dtype == ScalarType::Float) return f(0.0f);
-  if (dtype == ScalarType::Half) return f(float16());
-  STD_TORCH_CHECK(dtype == ScalarType::BFloat16, name, " must be float32, float16 or bfloat16");
-  return f(bfloat16());
-}
-
 Tensor pack(const Tensor& dw_weight, const std::optional<Tensor>& dw_scale, const std::optional<Tensor>& dw_bias,
             const Tensor& pw_weight, const std::optional<Tensor>& pw_scale, const std::optional<Tensor>& pw_bias,
             bool channels_last) {
   const Place place = Place::cuda(dw_weight);
   const PackCall call(dw_weight, dw_scale, dw_bias, pw_weight, pw_scale, pw_bias, place);
-  return dispatch("dw_weight", dw_weight.scalar_type(), [&](auto zero) {
+  return cuda::dispatch("dw_weight", dw_weight.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const accelerator::DeviceGuard guard(place.index);
     const int64_t size = cuda::Packed<T>::size(call.in_channels, call.out_channels);
@@ -62,7 +54,7 @@ Tensor pack_modules(const Tensor& dw_weight, const std::optional<Tensor>& dw_bia
   check("bn2_var", bn2_var, call.out_channels);
   STD_TORCH_CHECK(bn1_mean.has_value() == bn1_var.has_value() && bn2_mean.has_value() == bn2_var.has_value(),
                   "a BN must have both of its statistics, or neither");
-  return dispatch("dw_weight", dw_weight.scalar_type(), [&](auto zero) {
+  return cuda::dispatch("dw_weight", dw_weight.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const auto data = [](const std::optional<Tensor>& vector) {
       return vector.has_value() ? static_cast<const T*>(vector->const_data_ptr()) : nullptr;
@@ -89,13 +81,8 @@ Tensor separable_conv2d(const Tensor& x, const Tensor& packed, int64_t out_chann
   const Geometry geometry{stride, dilation, pad_left, pad_right, pad_top, pad_bottom, activation, pointwise_activation};
   const Place place = Place::cuda(x);
   check_separable_conv2d(x, out_channels, geometry, channels_last, place);
-  // What the kernels count in an int: channels, rows and columns of taps, images, pixels of an output map.
-  constexpr int64_t kMost = int64_t(1) << 30;
-  check_range("channels of x", x.size(1), 1, kMost);
-  STD_TORCH_CHECK(
-      x.size(0) < kMost && x.size(2) + pad_top + pad_bottom < kMost && x.size(3) + pad_left + pad_right < kMost,
-      "x must have fewer than 2^30 images, rows and columns with its padding on a GPU");
-  return dispatch("x", x.scalar_type(), [&](auto zero) {
+  cuda::check_input_size(x, geometry);
+  return cuda::dispatch("x", x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const int64_t size = cuda::Packed<T>::size(x.size(1), out_channels);
     STD_TORCH_CHECK(packed.dim() == 1 && packed.is_contiguous() && place.has(packed) &&
@@ -104,8 +91,7 @@ Tensor separable_conv2d(const Tensor& x, const Tensor& packed, int64_t out_chann
                     "packed must be what fusedsep::pack returned on the device of x for ", x.size(1), " -> ",
                     out_channels, " channels and the dtype of x");
     SeparableParams<T> params = separable_params<T>(x, out_channels, geometry, channels_last);
-    STD_TORCH_CHECK(params.out_height * params.out_width < 2 * kMost,
-                    "the result must have fewer than 2^31 pixels an image on a GPU");
+    cuda::check_map_size("the result", params.out_height, params.out_width);
     const accelerator::DeviceGuard guard(place.index);
     const std::array<int64_t, 4> sizes{params.batch, out_channels, params.out_height, params.out_width};
     Tensor y = empty_strided<4>(sizes, dense_strides(sizes, channels_last), x.scalar_type(), place);
