@@ -27,7 +27,10 @@ class TrainingTiles {
     constexpr int64_t kTileBytes = 128 * 1024;
     const int64_t fitting = kTileBytes / ((conv.in_channels + conv.out_channels) * int64_t(sizeof(T)));
     const int64_t most = std::min(kMaxTilePixels, std::max(fitting, 4 * kernels.tile_rows) + unit - 1) / unit * unit;
-    tiles_per_run_ = std::max<int64_t>(1, (pixels_ + most - 1) / most);
+    // The few pixels of the smallest maps are shared out as well.
+    constexpr int64_t kLeastPixels = 16;
+    const int64_t least = runs_ == 1 && pixels_ >= 2 * kLeastPixels ? 2 : 1;
+    tiles_per_run_ = std::max<int64_t>(least, (pixels_ + most - 1) / most);
     const int64_t even = (pixels_ + tiles_per_run_ - 1) / tiles_per_run_;
     size_ = (even + unit - 1) / unit * unit;
     tiles_per_run_ = pixels_ == 0 ? 0 : (pixels_ + size_ - 1) / size_;
@@ -115,8 +118,11 @@ class TrainingRun {
     const SeparableParams<T>& conv = params.conv;
     const int64_t size = kernels_.packed_size(conv.in_channels, conv.out_channels, conv.channels_last, transposed);
     T* packed = static_cast<T*>(workspace.get(size_t(size) * sizeof(T)));
-    kernels_.pack(depthwise_weight, pointwise_weight, conv.in_channels, conv.out_channels, conv.channels_last,
-                  transposed, packed);
+    const int64_t results = transposed ? conv.in_channels : conv.out_channels, step = kernels_.tile_columns;
+    parallel_for_((results + step - 1) / step, [&](int64_t begin, int64_t end) {
+      kernels_.pack(depthwise_weight, pointwise_weight, conv.in_channels, conv.out_channels, conv.channels_last,
+                    transposed, begin * step, std::min(end * step, results), packed);
+    });
     params.conv.packed = packed;
   }
 
@@ -155,36 +161,18 @@ class TrainingRun {
 
   // g1, T1 and T2 unless `sum` is null; the weight gradient unless `grad_weight` is null.
   void pointwise_backward(double* sum, double* moment, T* grad_weight) {
-    static thread_local Workspace workspace;
-    const int64_t in_channels = params.conv.in_channels, out_channels = params.conv.out_channels;
-    const int64_t padded = padded_channels(in_channels), tiles = tiles_.count();
+    const int64_t padded = padded_channels(params.conv.in_channels), tiles = tiles_.count();
     TileSums sums(sum == nullptr ? 0 : size_t(2 * padded * tiles));
-    WeightGradient<T> gradient{nullptr, nullptr, 0, grad_weight, false};
-    if (grad_weight != nullptr) {
-      int64_t rows, columns;
-      kernels_.weight_gradient_sizes(in_channels, out_channels, kGroup * tiles_.most_pixels(), &rows, &columns);
-      rows = (rows + 15) / 16 * 16;
-      gradient.rows = static_cast<T*>(workspace.get(size_t(rows + columns) * sizeof(T)));
-      gradient.columns = gradient.rows + rows;
-      if (tiles == 0) std::fill(grad_weight, grad_weight + in_channels * out_channels, T(0));
-    }
-    const int64_t blocks = kernels_.weight_gradient_blocks(out_channels);
-    for (int64_t begin = 0; begin < tiles; begin += kGroup) {
-      const int64_t end = std::min(begin + kGroup, tiles);
-      int64_t offset[kGroup];
-      gradient.depth = 0;
-      for (int64_t i = begin; i < end; ++i) {
-        offset[i - begin] = gradient.depth;
-        gradient.depth += tiles_.padded_pixels(i);
-      }
-      for_each(begin, end, [&](int64_t i, T* scratch) {
-        kernels_.pointwise_backward(params, tiles_[i], scratch, sum == nullptr ? nullptr : sums.data() + 2 * i * padded,
-                                    grad_weight == nullptr ? nullptr : &gradient, offset[i - begin]);
-      });
-      if (grad_weight == nullptr) continue;
-      parallel_for_(blocks,
-                    [&](int64_t first, int64_t last) { kernels_.weight_gradient(params, gradient, first, last); });
-      gradient.accumulate = true;
+    double* const tile_sums = sum == nullptr ? nullptr : sums.data();
+    const int64_t weights = params.conv.in_channels * params.conv.out_channels;
+    if (grad_weight == nullptr) {
+      for_each_tile([&](int64_t i, T* scratch) { pointwise_backward_tile(i, scratch, tile_sums, nullptr, 0); });
+    } else if (tiles == 0) {
+      std::fill(grad_weight, grad_weight + weights, T(0));
+    } else if (weights <= kPartWeights) {
+      weight_gradient_in_parts(tile_sums, grad_weight);
+    } else {
+      weight_gradient_in_turn(tile_sums, grad_weight);
     }
     if (sum != nullptr) merge_sums(tiles_, sums, padded, sum, moment);
   }
@@ -223,8 +211,98 @@ class TrainingRun {
   }
 
  private:
-  // Tiles whose operands of the weight gradient are formed side by side, before the product takes them all.
-  static constexpr int64_t kGroup = 8;
+  // At most so many tiles have their operands of the weight gradient formed side by side, before the product takes
+  // them all.
+  static constexpr int64_t kMaxGroup = 8;
+  // As many as give the product this depth, so that loading and storing its result does not count.
+  static constexpr int64_t kGroupPixels = 512;
+  int64_t group() const {
+    const int64_t pixels = std::max<int64_t>(1, tiles_.most_pixels());
+    return std::min(kMaxGroup, (kGroupPixels + pixels - 1) / pixels);
+  }
+  // Weight gradients of so many elements are formed in parts, each on one thread from its own groups of tiles, without
+  // waiting for others: kParts of them are 1 MiB at most.
+  static constexpr int64_t kParts = 16, kPartWeights = 128 * 128;
+
+  static int64_t rounded(int64_t elements) { return (elements + 15) / 16 * 16; }
+
+  // g1 and the sums of tile `i`, and its operands of the weight gradient unless `gradient` is null.
+  void pointwise_backward_tile(int64_t i, T* scratch, double* sums, const WeightGradient<T>* gradient, int64_t offset) {
+    kernels_.pointwise_backward(params, tiles_[i], scratch,
+                                sums == nullptr ? nullptr : sums + 2 * i * padded_channels(params.conv.in_channels),
+                                gradient, offset);
+  }
+
+  // Where the operands of a group begin in `memory`; elements of both if that is null.
+  int64_t place_operands(T* memory, WeightGradient<T>& gradient) const {
+    int64_t rows, columns;
+    kernels_.weight_gradient_sizes(params.conv.in_channels, params.conv.out_channels, group() * tiles_.most_pixels(),
+                                   &rows, &columns);
+    gradient.rows = memory;
+    gradient.columns = memory == nullptr ? nullptr : memory + rounded(rows);
+    return rounded(rows) + rounded(columns);
+  }
+
+  // Groups of tiles in order; threads share the tiles of a group, then the rows of the product.
+  void weight_gradient_in_turn(double* sums, T* grad_weight) {
+    static thread_local Workspace workspace;
+    WeightGradient<T> gradient{nullptr, nullptr, 0, grad_weight, false};
+    place_operands(static_cast<T*>(workspace.get(size_t(place_operands(nullptr, gradient)) * sizeof(T))), gradient);
+    const int64_t blocks = kernels_.weight_gradient_blocks(params.conv.out_channels);
+    for (int64_t begin = 0; begin < tiles_.count(); begin += group()) {
+      const int64_t end = std::min(begin + group(), tiles_.count());
+      int64_t offset[kMaxGroup];
+      gradient.depth = 0;
+      for (int64_t i = begin; i < end; ++i) {
+        offset[i - begin] = gradient.depth;
+        gradient.depth += tiles_.padded_pixels(i);
+      }
+      for_each(begin, end,
+               [&](int64_t i, T* scratch) { pointwise_backward_tile(i, scratch, sums, &gradient, offset[i - begin]); });
+      parallel_for_(blocks,
+                    [&](int64_t first, int64_t last) { kernels_.weight_gradient(params, gradient, first, last); });
+      gradient.accumulate = true;
+    }
+  }
+
+  // Parts of the groups of tiles side by side, added up in order.
+  void weight_gradient_in_parts(double* sums, T* grad_weight) {
+    static thread_local Workspace workspace;
+    const int64_t tiles = tiles_.count(), groups = (tiles + group() - 1) / group(), parts = std::min(kParts, groups);
+    const int64_t weights = params.conv.in_channels * params.conv.out_channels, padded = rounded(weights);
+    const int64_t blocks = kernels_.weight_gradient_blocks(params.conv.out_channels);
+    const int64_t workers = std::min(parts, threads_);
+    WeightGradient<T> sizes{};
+    const int64_t operands = place_operands(nullptr, sizes), scratch_size = tile_scratch_size(0, tiles);
+    T* const memory =
+        static_cast<T*>(workspace.get(size_t(parts * padded + workers * (operands + scratch_size)) * sizeof(T)));
+    parallel_for_(workers, [&](int64_t first, int64_t last) {
+      for (int64_t worker = first; worker < last; ++worker) {
+        T* const own = memory + parts * padded + worker * (operands + scratch_size);
+        for (int64_t part = worker * parts / workers; part < (worker + 1) * parts / workers; ++part) {
+          WeightGradient<T> gradient{nullptr, nullptr, 0, memory + part * padded, false};
+          place_operands(own, gradient);
+          for (int64_t g = part * groups / parts; g < (part + 1) * groups / parts; ++g) {
+            const int64_t begin = g * group(), end = std::min(begin + group(), tiles);
+            gradient.depth = 0;
+            for (int64_t i = begin; i < end; ++i) gradient.depth += tiles_.padded_pixels(i);
+            int64_t offset = 0;
+            for (int64_t i = begin; i < end; ++i) {
+              pointwise_backward_tile(i, own + operands, sums, &gradient, offset);
+              offset += tiles_.padded_pixels(i);
+            }
+            kernels_.weight_gradient(params, gradient, 0, blocks);
+            gradient.accumulate = true;
+          }
+        }
+      }
+    });
+    for (int64_t i = 0; i < weights; ++i) {
+      T total = memory[i];
+      for (int64_t part = 1; part < parts; ++part) total += memory[part * padded + i];
+      grad_weight[i] = total;
+    }
+  }
 
   template <class F>
   void for_each_tile(const F& f) {
@@ -237,16 +315,7 @@ class TrainingRun {
     static thread_local Workspace workspace;
     const int64_t jobs = end - begin, workers = std::min(jobs, threads_);
     if (jobs == 0) return;
-    const SeparableParams<T>& conv = params.conv;
-    int64_t input_pixels = 0;
-    for (int64_t i = begin; i < end && params.x_affine.center != nullptr; ++i) {
-      const PixelRange range = input_of_tile(conv, tiles_[i]);
-      input_pixels = std::max(input_pixels, range.end - range.begin);
-    }
-    const int64_t size = (kernels_.scratch_size(conv.in_channels, conv.out_channels, tiles_.most_pixels(), input_pixels,
-                                                conv.channels_last) +
-                          15) /
-                         16 * 16;
+    const int64_t size = tile_scratch_size(begin, end);
     T* const scratch = static_cast<T*>(workspace.get(size_t(workers * size) * sizeof(T)));
     parallel_for_(workers, [&](int64_t first, int64_t last) {
       for (int64_t worker = first; worker < last; ++worker) {
@@ -255,6 +324,18 @@ class TrainingRun {
         }
       }
     });
+  }
+
+  // Elements of scratch for any of tiles [begin, end).
+  int64_t tile_scratch_size(int64_t begin, int64_t end) const {
+    const SeparableParams<T>& conv = params.conv;
+    int64_t input_pixels = 0;
+    for (int64_t i = begin; i < end && params.x_affine.center != nullptr; ++i) {
+      const PixelRange range = input_of_tile(conv, tiles_[i]);
+      input_pixels = std::max(input_pixels, range.end - range.begin);
+    }
+    return rounded(kernels_.scratch_size(conv.in_channels, conv.out_channels, tiles_.most_pixels(), input_pixels,
+                                         conv.channels_last));
   }
 
   const TrainingKernels<T>& kernels_;

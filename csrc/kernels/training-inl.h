@@ -77,12 +77,13 @@ void transpose(const typename V::T* from, int64_t rows, int64_t columns, typenam
 }
 
 // The matrix [rows][columns] as an operand of the product: its rows are the results (`transposed`: its columns), its
-// columns (rows) the terms of each.
+// columns (rows) the terms of each. Results [begin, end) of it.
 template <class V>
-void pack_matrix_columns(const typename V::T* m, int64_t rows, int64_t columns, bool transposed, typename V::T* out) {
+void pack_matrix_columns(const typename V::T* m, int64_t rows, int64_t columns, bool transposed, int64_t begin,
+                         int64_t end, typename V::T* out) {
   constexpr int64_t L = V::kLanes, kColumns = Tiling<V>::kTileColumns;
   const int64_t results = transposed ? columns : rows, depth = transposed ? rows : columns;
-  for (int64_t q = 0; q < results; q += L) {
+  for (int64_t q = begin; q < end; q += L) {
     const int64_t panel = q / kColumns * kColumns, width = min_of(kColumns, round_up(results, L) - panel);
     typename V::T* to = out + panel * depth + (q - panel);
     for (int64_t k = 0; k < depth; k += L) {
@@ -100,12 +101,13 @@ void pack_matrix_columns(const typename V::T* m, int64_t rows, int64_t columns, 
 }
 
 template <class V>
-void pack_matrix_rows(const typename V::T* m, int64_t rows, int64_t columns, bool transposed, typename V::T* out) {
+void pack_matrix_rows(const typename V::T* m, int64_t rows, int64_t columns, bool transposed, int64_t begin,
+                      int64_t end, typename V::T* out) {
   constexpr int64_t L = V::kLanes;
   const int64_t results = transposed ? columns : rows, depth = transposed ? rows : columns;
   RowBlocks<V> blocks(out, results, round_up(depth, L));
   for (int64_t k = 0; k < depth; k += L) {
-    for (int64_t r = 0; r < results; r += L) {
+    for (int64_t r = begin; r < end; r += L) {
       V square[L];
       if (transposed) {
         load_square<V>(m + k * columns + r, columns, depth - k, results - r, square);
@@ -120,9 +122,13 @@ void pack_matrix_rows(const typename V::T* m, int64_t rows, int64_t columns, boo
 
 template <class V>
 void pack_training(const typename V::T* depthwise_weight, const typename V::T* pointwise_weight, int64_t in_channels,
-                   int64_t out_channels, bool channels_last, bool transposed, typename V::T* packed) {
+                   int64_t out_channels, bool channels_last, bool transposed, int64_t begin, int64_t end,
+                   typename V::T* packed) {
   const TrainingLayout<V> layout(in_channels, out_channels, channels_last, transposed);
   const int64_t lanes = channels_last ? V::kLanes : 1;
+  const auto pack_matrix = channels_last ? pack_matrix_columns<V> : pack_matrix_rows<V>;
+  pack_matrix(pointwise_weight, out_channels, in_channels, transposed, begin, end, packed + layout.pointwise);
+  if (begin > 0) return;
   for (int64_t i = 0; i < layout.pointwise; ++i) packed[i] = 0;
   for (int64_t c = 0; c < in_channels; ++c) {
     typename V::T* channel = packed + c / lanes * lanes * 10 + c % lanes;
@@ -131,8 +137,6 @@ void pack_training(const typename V::T* depthwise_weight, const typename V::T* p
       channel[layout.reversed + (1 + t) * lanes] = depthwise_weight[9 * c + 8 - t];
     }
   }
-  const auto pack_matrix = channels_last ? pack_matrix_columns<V> : pack_matrix_rows<V>;
-  pack_matrix(pointwise_weight, out_channels, in_channels, transposed, packed + layout.pointwise);
 }
 
 template <class V>

@@ -23,8 +23,8 @@
 // Sums      Statistics are formed per tile, around the mean of the tile, and merged by Chan's formula; sums over n are
 //           chains of at most 16 neighbours in T, added up in double (those of the depthwise weight gradient: at most
 //           16 such chains added up in T first). The sums of a tile go to its own place, and the caller merges them in
-//           the order of tiles. Weight gradients of the pointwise convolution add up groups of tiles in order. None of
-//           this depends on the number of threads.
+//           the order of tiles. Weight gradients of the pointwise convolution add up groups of tiles in order, small
+//           ones in a fixed number of parts that are added up in order. None of this depends on the number of threads.
 // Channels  Values a channel (Affine, Correction) and sums (double) lie in arrays of `padded_channels()` elements, zero
 //           behind the last channel.
 // Tiles     Pixels [begin, end) as in separable.h, but in channels_last they may go on into the next images, so that
@@ -98,10 +98,11 @@ struct TrainingKernels {
   int64_t lanes, tile_rows, tile_columns;
 
   // Weights for the forward passes, or `transposed` for the backward ones. [in_channels][3][3],
-  // [out_channels][in_channels].
+  // [out_channels][in_channels]. A call packs results [begin, end) of the product, output channels or, `transposed`,
+  // input channels, from a multiple of `tile_columns` on; that from 0 on the taps too.
   int64_t (*packed_size)(int64_t in_channels, int64_t out_channels, bool channels_last, bool transposed);
   void (*pack)(const T* depthwise_weight, const T* pointwise_weight, int64_t in_channels, int64_t out_channels,
-               bool channels_last, bool transposed, T* packed);
+               bool channels_last, bool transposed, int64_t begin, int64_t end, T* packed);
 
   // to[c][r] = from[r][c]: a map of one image from one memory format to the other.
   void (*transpose)(const T* from, int64_t rows, int64_t columns, T* to);
