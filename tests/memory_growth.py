@@ -57,7 +57,7 @@ def of_kernels(channels_last: bool, isa: str, threads: int, channels: int, size:
 
 
 def of_model(model: torch.nn.Module, channels_last: bool, isa: str, threads: int, channels: int, size: int) -> int:
-    """Beyond the output."""
+    """With the output."""
     torch.set_num_threads(threads)
     fusedsep.use_isa(isa)
 
@@ -68,16 +68,19 @@ def of_model(model: torch.nn.Module, channels_last: bool, isa: str, threads: int
     with torch.inference_mode():
         model(tensor(64))  # threads and packed weights are there from here on
         x = tensor(size)
-        return growth(lambda: model(x)) - 2 * size * size * 4
+        return growth(lambda: model(x))
 
 
 def main(what: str, channels_last: str, isa: str, threads: str, channels: str, size: str) -> None:
     numbers = (channels_last == "channels_last", isa, int(threads), int(channels), int(size))
     if what == "kernels":
         print(of_kernels(*numbers))
+    elif what == "network":
+        print(of_model(fusedsep.freeze(fusedsep.MobileNetV1(width_multiplier=0.25).eval()), *numbers))
     else:
         kind = fusedsep.DepthwiseSeparableBlock if what == "block" else fusedsep.reference.DepthwiseSeparableBlock
-        print(of_model(kind(int(channels), 2).eval(), *numbers))
+        output_bytes = 2 * int(size) ** 2 * 4
+        print(of_model(kind(int(channels), 2).eval(), *numbers) - output_bytes)
 
 
 if __name__ == "__main__":

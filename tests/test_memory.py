@@ -42,6 +42,14 @@ def test_blocks_need_scratch_for_a_tile(memory_format, threads):
     assert growth("block", memory_format, threads, 16, 900) <= threads * LIMIT
 
 
+@FORMATS
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_frozen_network_needs_two_of_its_largest_maps(memory_format, threads):
+    size = 900
+    largest_map = 16 * (size // 2) ** 2 * 4
+    assert growth("network", memory_format, threads, 3, size) <= 2 * largest_map + threads * LIMIT
+
+
 def test_the_measurement_sees_the_map_of_unfused_torch():
     intermediate_map = 16 * 900 * 900 * 4
     assert growth("unfused", "nchw", 1, 16, 900) > intermediate_map / 2 > 40 * LIMIT
