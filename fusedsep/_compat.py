@@ -62,6 +62,10 @@ def has_global_hooks() -> bool:
     return _module._has_any_global_hook()
 
 
+#: Where a module keeps the hooks that run when it is called.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def has_hooks(module: torch.nn.Module) -> bool:
     """A hook that runs when ``module`` is called."""
     return bool(

@@ -100,12 +100,12 @@ class _Calls(list):
         return f"<{len(self)} calls>"
 
 
-def _record_calls(monkeypatch, name):
-    calls = _Calls()
+def _record_calls(monkeypatch, name, calls=None, entries=lambda arguments: [arguments]):
+    calls = _Calls() if calls is None else calls
     operator = getattr(_ops, name)
 
     def record(*arguments):
-        calls.append(arguments)
+        calls.extend(entries(arguments))
         return operator(*arguments)
 
     monkeypatch.setattr(_ops, name, record)
@@ -120,8 +120,20 @@ def kernel_calls(monkeypatch):
 
 @pytest.fixture
 def chain_calls(monkeypatch):
-    """The same for the operator that runs consecutive layers of a frozen model."""
+    """The same for the operator that runs consecutive layers."""
     return _record_calls(monkeypatch, "chain")
+
+
+@pytest.fixture
+def site_calls(monkeypatch):
+    """The same, with an entry for each site that ran: by itself, or as a layer of a chain."""
+    width = len(_ops.ChainLayer._fields)
+
+    def sites(arguments):
+        layers = [arguments[2][i : i + width] for i in range(0, len(arguments[2]), width)]
+        return [layer for layer in layers if layer[0] == _ops.DEPTHWISE]
+
+    return _record_calls(monkeypatch, "chain", _record_calls(monkeypatch, "separable_conv2d"), sites)
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ class Auxiliary(nn.Module):
         return self.second(features)
 
 
-def test_python_that_asks_for_the_mode(kernel_calls, training_calls):
+def test_python_that_asks_for_the_mode(site_calls, training_calls):
     model, fused = pair(nn.Sequential(nn.Conv2d(4, 4, 1), Auxiliary()))
     x = random(2, 4, 8, 7)
     for _ in range(2):
@@ -87,7 +87,7 @@ def test_python_that_asks_for_the_mode(kernel_calls, training_calls):
         with torch.no_grad():
             assert_same([fused.eval()(x)], [model.eval()(x)])
         model.train(), fused.train()
-    assert (len(training_calls), len(kernel_calls)) == (2 * 3, 2 * 2)
+    assert (len(training_calls), len(site_calls)) == (2 * 3, 2 * 2)
 
 
 class NeedsTargets(WithDefaults):
@@ -102,7 +102,7 @@ class NeedsTargets(WithDefaults):
         return (y - targets).square()
 
 
-def test_python_that_cannot_be_traced_in_training(kernel_calls):
+def test_python_that_cannot_be_traced_in_training(site_calls):
     model, fused = pair(NeedsTargets())
     x = random(2, 3, 8, 7)
     for network in (model, fused):
@@ -111,7 +111,7 @@ def test_python_that_cannot_be_traced_in_training(kernel_calls):
     assert_same([fused(x, torch.ones(()))], [model(x, torch.ones(()))])
     with torch.no_grad():
         assert_same([fused.eval()(x)], [model.eval()(x)])
-    assert len(kernel_calls) == 1
+    assert len(site_calls) == 1
     (site,) = fusedsep.fusion_report(fused).fused
     assert site.reason.endswith(
         "in eval mode only: the Python of the model (NeedsTargets) cannot be traced: targets are needed in training"

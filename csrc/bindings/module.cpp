@@ -8,9 +8,12 @@
 
 #include <optional>
 
+#include "facts.h"
 #include "fusedsep_build_info.h"
 #include "geometry.h"
+#include "parameters.h"
 #include "run.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 
@@ -171,6 +174,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_isa", &use_isa, "name"_a);
   m.def("fingerprint", &fingerprint, "memory"_a,
         "A 64-bit hash of the bytes of [(address, bytes), ...], which must stay alive and unchanged meanwhile.");
+  m.def("facts_hold", &facts_hold, "identical"_a, "same"_a, "equal"_a, "empty"_a, "absent"_a, "classes"_a,
+        "Whether all entries of dictionaries are as they should be; flat tuples (csrc/bindings/facts.h).");
+  m.def(
+      "fingerprint_of",
+      [](const py::tuple& places, const py::type& tensor_class, const py::type& parameter_class) {
+        return fingerprint_of(places, tensor_class, parameter_class, TorchParallelFor());
+      },
+      "places"_a, "tensor_class"_a, "parameter_class"_a,
+      "A hash of the tensors at (dictionary, key, name, ...); None if they cannot be told "
+      "(csrc/bindings/parameters.h).");
   m.def(
       "multiply_adds", &multiply_adds, "rounds"_a, "factor"_a, "addend"_a, "isa"_a,
       "x = x * factor + addend, `rounds` times in every lane of as many registers as the kernels use: the processor's "

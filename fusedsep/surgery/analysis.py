@@ -36,6 +36,8 @@ class Analysis:
             for module in model.modules()
             if is_block(module) or isinstance(module, FrozenSeparable) or "forward" in vars(module)
         }
+        #: Modules whose forwards were traced as a whole, the outermost that can be.
+        self.roots: list[nn.Module] = []
         #: Functions that one node stands for.
         self.helpers: list[Helper] = []
         self._seen: set[nn.Module] = set()
@@ -80,6 +82,7 @@ class Analysis:
                 self.opaque[root] = str(error)
                 return
         self.programs.update(programs)
+        self.roots.append(root)
         self._seen |= tracer.called - opaque
 
     def _programs_of(

@@ -1,102 +1,96 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Finding layers that follow on each other in a frozen model, to run them as one call."""
+"""Finding layers that follow on each other in a model, to run them as one call in eval mode."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import fx
 
-from .._chain import Classifier, Element, FirstConvolution, LayerChain, Site
-from .._compat import is_plain_convolution
+from .._chain import LayerChain
 from .._frozen import FrozenSeparable
-from .._structure import why_not_pointwise
-from .activations import activation_of_function, activation_of_module, arguments_of
-from .analysis import Analysis, is_block
-from .batch_norms import is_plain_batch_norm
-from .dropouts import call_passes_on, passes_on
-from .program import FusedSite, Program, program_from, replace_sites
-from .rewrite import FrozenForward
+from .analysis import Analysis
+from .program import Program, program_from, replace_sites
+from .rewrite import FrozenForward, FusedForward
+from .runs import Frozen, Run
 from .side_effects import usual_global_mode
 from .sites import input_of
 from .tracing import CallForm, Tracer, Untraceable
 
-#: A convolution of more channels has more patches than output; torch's own is the better one.
-_MOST_CHANNELS = 8
-_MEANS = {torch.mean, "mean"}
-_FLATTEN = {torch.flatten, "flatten"}
-_BOTH_DIRECTIONS = {(2, 3), (3, 2), (-2, -1), (-1, -2)}
-_RESHAPE = {torch.reshape, "reshape", "view"}
 
-
-#: Makes an element from what became of the sites.
-Maker = Callable[[dict[nn.Module, FrozenSeparable]], Element]
-
-
-class ChainedForward(FrozenForward):
-    """The forward of a whole frozen model with its chains as one call each; for other calls, what it ran without."""
+class ChainedForward(FusedForward):
+    """The forward of a model in eval mode with its chains as one call each; for other calls, what it ran without."""
 
     def __init__(self, owner: nn.Module, program: Program, otherwise: Callable[..., Any] | None) -> None:
         super().__init__(owner, {False: program})
         self.otherwise = otherwise
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.run_original(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
     def run_original(self, *args: Any, **kwargs: Any) -> Any:
         """The forward with the same sites and no chain."""
-        forward = type(self.owner).forward.__get__(self.owner) if self.otherwise is None else self.otherwise
-        return forward(*args, **kwargs)
+        if self.otherwise is None:
+            return type(self.owner).forward(self.owner, *args, **kwargs)
+        return self.otherwise(*args, **kwargs)
+
+
+class FrozenChainedForward(ChainedForward, FrozenForward):
+    """A :class:`ChainedForward` over sites that are folded."""
 
 
 class Outline:
-    """The runs of layers in a whole model, found before anything in it is merged.
+    """The runs of layers in a module, found before anything in it is merged.
 
     Args:
-        model: in eval mode and unfused.
-        analysis: of the model.
+        root: in eval mode and unfused.
+        analysis: of the whole model.
 
     Raises:
-        Untraceable: a graph cannot stand for the forward of the model.
+        Untraceable: a graph cannot stand for the forward of the root.
     """
 
-    def __init__(self, model: nn.Module, analysis: Analysis) -> None:
-        self._form = CallForm.of_root(model)
+    def __init__(self, root: nn.Module, analysis: Analysis) -> None:
+        self._root = root
+        self._form = CallForm.of_root(root)
         if not self._form.is_comparable():
-            raise Untraceable(model, "it has defaults that cannot be compared")
-        self._modules = dict(model.named_modules(remove_duplicate=False))
-        opaque = set(analysis.opaque) - {model}
-        tracer = Tracer(model, self._form, opaque, analysis.helpers)
+            raise Untraceable(root, "it has defaults that cannot be compared")
+        self._modules = dict(root.named_modules(remove_duplicate=False))
+        opaque = set(analysis.opaque) - {root}
+        tracer = Tracer(root, self._form, opaque, analysis.helpers)
         runs = self._find_runs(tracer.run())
         # Python that no run needs to have written out stays what it is: a call.
         needed = {
             call.module for run in runs if len(run.makers) > 1 for node in run.nodes for call in node.meta["calls"]
         }
-        tracer = Tracer(model, self._form, opaque, analysis.helpers, needed | tracer.see_through)
+        tracer = Tracer(root, self._form, opaque, analysis.helpers, needed | tracer.see_through)
         self._graph = tracer.run()
         self._runs = self._find_runs(self._graph)
         self._inlined = tracer.inlined
 
-    def _find_runs(self, graph: fx.Graph) -> list[_Run]:
+    def _find_runs(self, graph: fx.Graph) -> list[Run]:
         replace_sites(graph, self._modules)
-        runs: list[_Run] = []
+        runs: list[Run] = []
         covered: set[fx.Node] = set()
         for node in graph.nodes:
-            run = None if node in covered else _Run(node, self._modules)
+            run = None if node in covered else Run(node, self._modules)
             if run is not None and run.site_keys:
                 runs.append(run)
                 covered.update(run.nodes)
         return runs if any(len(run.makers) > 1 for run in runs) else []
 
-    def attach(self, model: nn.Module, frozen: dict[nn.Module, FrozenSeparable]) -> None:
-        """Give the frozen ``model`` a forward with its runs as chains, if it has any.
+    def attach(self, frozen: Frozen = None) -> None:
+        """Give the root a forward with its runs as chains, if it has any.
 
         ``frozen`` has what became of each site's depthwise convolution, and of each block. If one did not become
         anything, its owner has to decide at each call, and nothing changes.
         """
-        if not self._runs or not all(run.site_keys <= frozen.keys() for run in self._runs):
+        if not self._runs or (frozen is not None and not all(run.site_keys <= frozen.keys() for run in self._runs)):
             return
         for index, run in enumerate(self._runs):
             chain = LayerChain(f"chain_{index}", [make(frozen) for make in run.makers])
@@ -105,212 +99,29 @@ class Outline:
             run.nodes[-1].replace_all_uses_with(call)
             for node in reversed(run.nodes):
                 self._graph.erase_node(node)
-        present = set(model.modules())
+        present = set(self._root.modules())
         for node in self._graph.nodes:
             if node.op == "call_module" and self._modules[node.target] not in present:
                 return  # merged, and not only its site calls it
         try:
-            program = program_from(self._graph, model, self._form, LayerChain, self._inlined & present)
+            program = program_from(self._graph, self._root, self._form, LayerChain, self._inlined & present)
         except Untraceable:
             return
-        program.settings = [setting for setting in program.settings if not isinstance(setting[0], FrozenSeparable)]
-        program.modes = [modes for modes in program.modes if not isinstance(modes[0], FrozenSeparable)]  # eval only
-        model.forward = ChainedForward(model, program, vars(model).get("forward"))
+        kind = ChainedForward
+        if frozen is not None:  # eval only, and with settings that nobody changes
+            kind = FrozenChainedForward
+            program.settings = [setting for setting in program.settings if not isinstance(setting[0], FrozenSeparable)]
+            program.modes = [modes for modes in program.modes if not isinstance(modes[0], FrozenSeparable)]
+        self._root.forward = kind(self._root, program, vars(self._root).get("forward"))
 
 
-def outline(model: nn.Module, analysis: Analysis) -> Outline | None:
-    """The :class:`Outline` of ``model``, which is in eval mode and unfused; ``None`` if it cannot be traced."""
-    if is_block(model) or isinstance(model, FrozenSeparable) or model in analysis.opaque:
-        return None
-    try:
-        with usual_global_mode():
-            return Outline(model, analysis)
-    except (Untraceable, TypeError, ValueError):
-        return None
-
-
-class _Run:
-    """The longest chain from ``start`` on: how to make its elements, and the nodes that they cover, in order."""
-
-    def __init__(self, start: fx.Node, modules: dict[str, nn.Module]) -> None:
-        self._modules = modules
-        self.makers: list[Maker] = []
-        self.nodes: list[fx.Node] = []
-        #: What stands for its sites in a dictionary of frozen ones.
-        self.site_keys: set[nn.Module] = set()
-        self._channels = 0  # of the last map
-        if self._take_site([start]) or self._take_first_convolution(start):
-            while self._take_site(path := self._path_from(self.nodes[-1])):
-                pass
-            self._take_classifier(path)
-
-    def _take(self, make: Maker, nodes: list[fx.Node]) -> bool:
-        self.makers.append(make)
-        self.nodes += nodes
-        return True
-
-    def _module(self, node: fx.Node) -> nn.Module | None:
-        return self._modules[node.target] if node.op == "call_module" else None
-
-    def _modules_of(self, nodes: list[fx.Node]) -> list[nn.Module]:
-        return [module for node in nodes if (module := self._module(node)) is not None]
-
-    def _path_from(self, node: fx.Node) -> list[fx.Node]:
-        """The next node that does something with the map of ``node``, behind those that hand it on."""
-        path: list[fx.Node] = []
-        while (reader := _only_reader(node)) is not None:
-            path.append(reader)
-            module = self._module(reader)
-            if not (call_passes_on(reader) if module is None else passes_on(module)):
-                return path
-            node = reader
-        return []
-
-    def _take_site(self, path: list[fx.Node]) -> bool:
-        if not path:
-            return False
-        target, module = path[-1].target, self._module(path[-1])
-        if not isinstance(target, FusedSite) and (module is None or not is_block(module)):
-            return False
-        site, key = (target, target.dw) if isinstance(target, FusedSite) else (module, module)
-        self.site_keys.add(key)
-        self._channels = site.pw.out_channels
-        handed_on = self._modules_of(path[:-1])
-        return self._take(lambda frozen: Site(frozen[key], [*handed_on, frozen[key]]), path)
-
-    def _take_first_convolution(self, node: fx.Node) -> bool:
-        conv = self._module(node)
-        if not isinstance(conv, nn.Conv2d) or not _is_first_convolution(conv) or input_of(node) is None:
-            return False
-        nodes, bn, activation = [node], None, "none"
-        while activation == "none" and (reader := _only_reader(nodes[-1])) is not None:
-            module = self._module(reader)
-            if module is not None and "forward" in vars(module):
-                break
-            if bn is None and isinstance(module, nn.BatchNorm2d) and _is_fixed_norm(module):
-                bn = module
-            else:
-                found = activation_of_function(reader) if module is None else activation_of_module(module)
-                if found is None:
-                    break
-                activation = found
-            nodes.append(reader)
-        self._channels = conv.out_channels
-        return self._take(_always(FirstConvolution(conv, bn, activation, self._modules_of(nodes))), nodes)
-
-    def _take_classifier(self, path: list[fx.Node]) -> bool:
-        """Global average pool, flatten and linear layer, or a 1x1 convolution in the place of the last two."""
-        rank = None if not path else self._rank_of_pooled(path[-1])
-        if rank is None:
-            return False
-        nodes = list(path)
-        while True:
-            flatten = self._flatten_of(nodes[-1]) if rank == 4 else None
-            if flatten is not None:
-                nodes += flatten
-                rank = 2
-                continue
-            reader = _only_reader(nodes[-1])
-            if reader is None:
-                return False
-            nodes.append(reader)
-            module = self._module(reader)
-            if call_passes_on(reader) if module is None else passes_on(module):
-                continue
-            if rank == 2:
-                fits = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-            else:
-                fits = _is_plain_pointwise(module)
-            if not fits or "forward" in vars(module):
-                return False
-            return self._take(_always(Classifier(module, rank == 4, self._modules_of(nodes))), nodes)
-
-    def _rank_of_pooled(self, node: fx.Node) -> int | None:
-        """Dimensions of the output if ``node`` takes the mean of each map."""
-        module = self._module(node)
-        if module is not None:
-            pools = type(module).forward is nn.AdaptiveAvgPool2d.forward and "forward" not in vars(module)
-            return 4 if pools and module.output_size in (1, (1, 1)) else None
-        if node.target is F.adaptive_avg_pool2d:
-            return 4 if arguments_of(node, ("output_size",)).get("output_size") in (1, (1, 1), [1, 1]) else None
-        if node.target in _MEANS:
-            given = arguments_of(node, ("dim", "keepdim"))
-            dim = given.pop("dim", None)
-            keeps = given.pop("keepdim", False)
-            if not given and isinstance(dim, (tuple, list)) and tuple(dim) in _BOTH_DIRECTIONS:
-                return 4 if keeps is True else 2
-        return None
-
-    def _is_flatten(self, node: fx.Node) -> bool:
-        module = self._module(node)
-        if module is not None:
-            flattens = type(module).forward is nn.Flatten.forward and "forward" not in vars(module)
-            return flattens and (module.start_dim, module.end_dim) == (1, -1)
-        if node.target in _FLATTEN:
-            given = arguments_of(node, ("start_dim", "end_dim"))
-            return given.get("start_dim", 0) == 1 and given.get("end_dim", -1) == -1
-        if node.target in _RESHAPE:
-            return _shape_of(node) == (-1, self._channels)
-        return False
-
-    def _flatten_of(self, node: fx.Node) -> list[fx.Node] | None:
-        """The nodes that make ``[N, C]`` of ``[N, C, 1, 1]``, if they are all that reads ``node``."""
-        readers = list(node.users)
-        if len(readers) == 1:
-            return readers if _only_reader(node) is not None and self._is_flatten(readers[0]) else None
-        if len(readers) != 2:
-            return None
-        size, reshape = sorted(readers)  # x.view(x.size(0), -1), x.reshape(x.shape[0], -1)
-        sizes = [size]
-        if (
-            size.op == "call_function"
-            and size.target is getattr
-            and size.args[1:] == ("shape",)
-            and len(size.users) == 1
-        ):
-            sizes.append(next(iter(size.users)))
-            if sizes[-1].target is not operator.getitem or sizes[-1].args != (size, 0):
-                return None
-        elif size.target != "size" or size.args[1:] != (0,) or size.kwargs:
-            return None
-        if list(sizes[-1].users) != [reshape] or reshape.target not in _RESHAPE or reshape.kwargs:
-            return None
-        return [*sizes, reshape] if reshape.args[0] is node and _shape_of(reshape) == (sizes[-1], -1) else None
-
-
-def _shape_of(reshape: fx.Node) -> tuple[Any, ...]:
-    """What a ``view`` or ``reshape`` was given, as a sequence or one by one."""
-    shape = reshape.args[1:]
-    return tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
-
-
-def _always(element: Element) -> Maker:
-    return lambda frozen: element
-
-
-def _only_reader(node: fx.Node) -> fx.Node | None:
-    """The node that reads ``node`` and no other one, if it is the only one that reads it."""
-    reader = next(iter(node.users)) if len(node.users) == 1 else None
-    if reader is None or reader.op == "output" or reader.all_input_nodes != [node] or input_of(reader) is not node:
-        return None
-    return reader
-
-
-def _is_first_convolution(conv: nn.Conv2d) -> bool:
-    return (
-        is_plain_convolution(conv)
-        and tuple(conv.kernel_size) == (3, 3)
-        and conv.groups == 1
-        and conv.in_channels <= _MOST_CHANNELS
-        and conv.stride[0] == conv.stride[1] <= 2
-        and conv.dilation[0] == conv.dilation[1]
-        and conv.padding_mode == "zeros"
-    )
-
-
-def _is_fixed_norm(bn: nn.BatchNorm2d) -> bool:
-    return is_plain_batch_norm(bn) and bn.running_mean is not None and bn.running_var is not None and not bn.training
-
-
-def _is_plain_pointwise(module: nn.Module | None) -> bool:
-    return module is not None and why_not_pointwise(module) is None and is_plain_convolution(module)
+def outlines(analysis: Analysis) -> list[Outline]:
+    """Those of each part of a model that can be traced as a whole; the model is in eval mode and unfused."""
+    found = []
+    for root in analysis.roots:
+        try:
+            with usual_global_mode():
+                found.append(Outline(root, analysis))
+        except (Untraceable, TypeError, ValueError):
+            continue
+    return found

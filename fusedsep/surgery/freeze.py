@@ -12,7 +12,7 @@ import torch.nn as nn
 from .._compat import has_hooks
 from .._frozen import HOW_TO_TRAIN, FrozenSeparable
 from .analysis import Analysis, analyse, is_block
-from .chains import outline
+from .chains import outlines
 from .fuse import defuse
 from .program import FusedSite, Program
 from .report import check_model
@@ -70,13 +70,13 @@ def freeze(model: nn.Module) -> nn.Module:
     analysis = analyse(model, training=False)
     defuse(model)
     shared = _shared_modules(model, analysis)
-    whole = outline(model, analysis)
+    parts = outlines(analysis)
     frozen: dict[nn.Module, FrozenSeparable] = {}
     for owner, program in analysis.programs.items():
         owner.forward = _freeze_sites(program, shared, frozen)
     model = _freeze_blocks(model, shared, frozen)
-    if whole is not None:
-        whole.attach(model, frozen)
+    for part in parts:
+        part.attach(frozen)
     if not isinstance(model, FrozenSeparable):
         for module in model.modules():
             if module is model or _holds_frozen(module):

@@ -8,8 +8,10 @@ import copy
 import torch.nn as nn
 
 from .analysis import analyse, is_fused
+from .chains import outlines
 from .report import check_model
 from .rewrite import FrozenForward, FusedForward
+from .side_effects import in_mode
 
 
 def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -17,9 +19,10 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Equivalent to ``copy.deepcopy(model)``: the outputs, the modules, their names, parameters, buffers, hooks and the
     ``state_dict`` are the same. Only the forwards that hold a site (depthwise 3x3, BN, activation, pointwise 1x1, BN,
-    activation) are regenerated, once for training and once for eval mode, as the two may differ. Where a call is not
-    what was found at fusing time (a replaced child, a hook in between, an unusual argument) the original forward runs.
-    After editing a fused model, fuse it again.
+    activation) are regenerated, once for training and once for eval mode, as the two may differ, and for eval mode
+    that of the model as a whole, in which layers that follow on each other run as one call. Where a
+    call is not what was found at fusing time (a replaced child, a hook in between, an unusual argument) the original
+    forward runs. After editing a fused model, fuse it again.
 
     Args:
         model: any module. What is not the pattern stays as it is; :func:`fusedsep.fusion_report` says why.
@@ -36,6 +39,8 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         model = copy.deepcopy(model)
     analyses = [analyse(model, training) for training in (False, True)]
     defuse(model)
+    with in_mode(model, False):
+        parts = outlines(analyses[False])
     for owner in model.modules():
         programs = {
             training: analysis.programs[owner]
@@ -44,6 +49,9 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         }
         if programs:
             owner.forward = FusedForward(owner, programs)
+    with in_mode(model, False):
+        for part in parts:
+            part.attach()
     return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 import types
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,13 +14,18 @@ import torch
 import torch.nn as nn
 from torch import fx
 
-from .._compat import has_global_hooks, has_hooks, is_plain_convolution
+from .. import _C
+from .._compat import HOOKS, has_global_hooks, has_hooks, is_plain_convolution
 from .._separable import SeparableConv
 from .batch_norms import is_plain_batch_norm
 from .dropouts import is_dropout
 from .helpers import Helper
 from .sites import Chain, find_chains, input_of
 from .tracing import CallForm, Tracer, Untraceable, signature_of
+
+
+class RegeneratedForward:
+    """What stands as ``forward`` on a module whose Python was regenerated: equivalent to the forward of its class."""
 
 
 class FusedSite:
@@ -122,6 +128,8 @@ class Program:
             for module in parts | inlined
             if module is not owner and (module in read or module not in run_by_the_sites)
         ]
+        #: The same with their classes.
+        self.kinds = [(module, type(module)) for module in self.bypassed]
         #: Modules whose mode must be that of another one. A BN may be in any: the site looks at each call.
         self.modes = list(carried.items())
         self.modes += [(part, owner) for part in read | dropouts if part is not owner and part not in carried]
@@ -143,6 +151,7 @@ class Program:
         expected = {module for _, _, module in self.slots} | set(sites.values())
         program.slots = _slots(self.owner, expected & modules)
         program.bypassed = [module for module in self.bypassed if module in modules]
+        program.kinds = [(module, kind) for module, kind in self.kinds if module in modules]
         program.modes = [(module, like) for module, like in self.modes if {module, like} <= modules]
         program.settings = [setting for setting in self.settings if setting[0] in modules]
         program._prepare()
@@ -158,19 +167,39 @@ class Program:
         """Whether all is as it was traced: no hooks, the same modules, modes and settings."""
         if has_global_hooks():
             return False
+        if torch.compiler.is_compiling():  # which reads Python, and looks at the same things before every later call
+            return not self._has_changed()
+        if self._facts is None:
+            self._facts = self._collect_facts()
+        return _C.facts_hold(*self._facts)
+
+    def _has_changed(self) -> bool:
         for parent, name, module in self.slots:
             if parent._modules.get(name) is not module:
-                return False
-        for module in self.bypassed:
-            if has_hooks(module):
-                return False
+                return True
+        for module, kind in self.kinds:
+            if type(module) is not kind or has_hooks(module) or _runs_another_forward(module):
+                return True
         for module, like in self.modes:
             if module.training is not like.training:
-                return False
+                return True
         for module, name, value in self.settings:  # noqa: SIM110, a generator costs more
             if module.__dict__.get(name) != value:
-                return False
-        return True
+                return True
+        return False
+
+    def _collect_facts(self) -> tuple[tuple[Any, ...], ...]:
+        """What :meth:`_has_changed` looks at, for one call of ``_C.facts_hold``."""
+        parents = {parent: None for parent, _, _ in self.slots}
+        identical = [(vars(parent), "_modules", parent._modules) for parent in parents]
+        identical += [(parent._modules, name, module) for parent, name, module in self.slots]
+        same = [(vars(module), "training", vars(like)) for module, like in self.modes]
+        equal = [(vars(module), name, value) for module, name, value in self.settings]
+        empty = [(vars(module), name) for module, _ in self.kinds for name in HOOKS]
+        absent = [
+            (vars(module), name, RegeneratedForward) for module, _ in self.kinds for name in _steps_of_forward(module)
+        ]
+        return tuple(tuple(itertools.chain(*facts)) for facts in (identical, same, equal, empty, absent, self.kinds))
 
     def __call__(self, *arguments: Any) -> Any:
         return self._function(self.owner, *arguments)
@@ -180,6 +209,7 @@ class Program:
         names = {**self.names, **self.sites}
         exec(compile(self.source, f"<forward of {type(self.owner).__name__}, fused>", "exec"), names)
         self._function = names["forward"]
+        self._facts: tuple[tuple[Any, ...], ...] | None = None
         self._signature = signature_of(self.owner)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -194,6 +224,16 @@ class Program:
         state["names"].update({key: importlib.import_module(name) for key, name in imports.items()})
         vars(self).update(state)
         self._prepare()
+
+
+def _runs_another_forward(module: nn.Module) -> bool:
+    own = vars(module)
+    return any(name in own and not isinstance(own[name], RegeneratedForward) for name in _steps_of_forward(module))
+
+
+def _steps_of_forward(module: nn.Module) -> tuple[str, ...]:
+    """What somebody may put on ``module`` itself to have it run other Python."""
+    return ("forward", "_conv_forward") if isinstance(module, nn.Conv2d) else ("forward",)
 
 
 _PLAIN_TYPES = (bool, int, float, str, type(None))

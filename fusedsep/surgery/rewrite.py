@@ -13,11 +13,11 @@ from typing import Any, NoReturn
 
 import torch.nn as nn
 
-from .program import Program
+from .program import Program, RegeneratedForward
 from .tracing import original_forward
 
 
-class FusedForward:
+class FusedForward(RegeneratedForward):
     """What ``owner(...)`` runs.
 
     Args:

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a chain consists of: each element is one layer of the operator, and can run by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from . import _kernel_path, _ops
+from ._activations import ACTIVATION_CODES, apply_activation
+from ._checks import checked_pads
+from ._fold import scale_and_shift
+from ._ops import ChainLayer
+from ._padding import NO_PADS, convolution_pads, output_size
+
+if TYPE_CHECKING:
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    from ._frozen import FrozenSeparable
+    from ._separable import SeparableConv
+
+#: The attributes of a module, the one that holds its parameters or buffers, and a name there.
+Place = tuple[dict[str, Any], str, str]
+
+
+class FirstConvolution:
+    """A 3x3 convolution of few channels, its BN and its activation: ``activation(bn(conv(x)))``.
+
+    Args:
+        conv: not grouped, with one stride (1 or 2) and one dilation for both directions, padded with zeros.
+        bn: in eval mode with running statistics, or ``None``.
+        activation: its name.
+        modules: all that it stands for, as they are called.
+    """
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.Module | None, activation: str, modules: list[nn.Module]) -> None:
+        self.conv, self.bn, self.activation, self.modules = conv, bn, activation, modules
+
+    @property
+    def in_channels(self) -> int:
+        return self.conv.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        return self.conv.out_channels
+
+    def places(self) -> list[Place]:
+        return [*_places_of(self.conv), *_places_of_norm(self.bn)]
+
+    def pack(self, nchw: bool) -> torch.Tensor:
+        scale, shift = scale_and_shift(self.conv, self.bn)
+        out_channels, channels = self.conv.weight.shape[:2]
+        weight = self.conv.weight if nchw else self.conv.weight.permute(0, 2, 3, 1)
+        patches = weight.reshape(out_channels, 9 * channels)  # in the order of csrc/kernels/separable.h
+        return _pack_product(patches, scale, shift)
+
+    def layer(self, height: int, width: int, nchw: bool) -> tuple[ChainLayer, int, int]:
+        stride, dilation = self.conv.stride[0], self.conv.dilation[0]
+        pads = checked_pads(NO_PADS, convolution_pads(self.conv), stride, dilation, height, width)
+        rows = _ops.PATCHES_OF_NCHW if nchw else _ops.PATCHES
+        activation = ACTIVATION_CODES[self.activation]
+        layer = ChainLayer(rows, self.out_channels, stride, dilation, *pads, 0, activation)
+        return layer, *_sizes(layer, height, width)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        return apply_activation(self.activation, x if self.bn is None else self.bn(x))
+
+
+class Site:
+    """A site of a fused model, with the modules that it runs.
+
+    Args:
+        separable: what it computes.
+        run: a call of it by itself.
+        dw, bn1, pw, bn2: the modules whose numbers it reads.
+        modules: all that it stands for, and what hands its input on.
+    """
+
+    def __init__(
+        self,
+        separable: SeparableConv,
+        run: Callable[[torch.Tensor], torch.Tensor],
+        parts: tuple[nn.Conv2d, _BatchNorm | None, nn.Conv2d, _BatchNorm | None],
+        modules: list[nn.Module],
+    ) -> None:
+        self.separable, self.run, self.modules = separable, run, modules
+        self.dw, self.bn1, self.pw, self.bn2 = parts
+
+    @property
+    def in_channels(self) -> int:
+        return self.dw.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        return self.pw.out_channels
+
+    def places(self) -> list[Place]:
+        return [
+            *_places_of(self.dw),
+            *_places_of_norm(self.bn1),
+            *_places_of(self.pw),
+            *_places_of_norm(self.bn2),
+        ]
+
+    def pack(self, nchw: bool) -> torch.Tensor:
+        dw_scale, dw_shift = scale_and_shift(self.dw, self.bn1)
+        pw_scale, pw_shift = scale_and_shift(self.pw, self.bn2)
+        dw_weight, pw_weight = self.dw.weight.contiguous(), self.pw.weight.contiguous()
+        return _ops.pack(dw_weight, dw_scale, dw_shift, pw_weight, pw_scale, pw_shift, True)
+
+    def layer(self, height: int, width: int, nchw: bool) -> tuple[ChainLayer, int, int]:
+        separable, stride, dilation = self.separable, self.dw.stride[0], self.dw.dilation[0]
+        own = _kernel_path.own_pads(separable, self.dw)
+        pads = checked_pads(separable.pre_pad, own, stride, dilation, height, width)
+        activations = separable.activation_code, separable.pointwise_activation_code
+        layer = ChainLayer(_ops.DEPTHWISE, self.out_channels, stride, dilation, *pads, *activations)
+        return layer, *_sizes(layer, height, width)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.run(x)
+
+
+class FrozenSite:
+    """A :class:`FrozenSeparable` in a chain; ``modules`` has it and what hands its input on."""
+
+    def __init__(self, frozen: FrozenSeparable, modules: list[nn.Module]) -> None:
+        self.frozen, self.modules = frozen, modules
+
+    @property
+    def in_channels(self) -> int:
+        return self.frozen.dw_weight.shape[0]
+
+    @property
+    def out_channels(self) -> int:
+        return self.frozen.pw_weight.shape[0]
+
+    def places(self) -> list[Place]:
+        return [(vars(self.frozen), "_buffers", name) for name in self.frozen._buffers]
+
+    def pack(self, nchw: bool) -> torch.Tensor:
+        return _kernel_path.pack_folded(*self.frozen._buffers.values(), channels_last=True)
+
+    def layer(self, height: int, width: int, nchw: bool) -> tuple[ChainLayer, int, int]:
+        frozen = self.frozen
+        pads = checked_pads(frozen.pre_pad, frozen.padding, frozen.stride, frozen.dilation, height, width)
+        activations = ACTIVATION_CODES[frozen.activation], ACTIVATION_CODES[frozen.pointwise_activation]
+        layer = ChainLayer(_ops.DEPTHWISE, self.out_channels, frozen.stride, frozen.dilation, *pads, *activations)
+        return layer, *_sizes(layer, height, width)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.frozen(x)
+
+
+class Classifier:
+    """``F.linear(x.mean((2, 3)), weight, bias)``, as ``Tensor[N, classes]`` or as a map of one pixel.
+
+    Args:
+        linear: an ``nn.Linear``, or a 1x1 convolution.
+        as_map: the output is ``Tensor[N, classes, 1, 1]``.
+        modules: all that it stands for.
+    """
+
+    def __init__(self, linear: nn.Linear | nn.Conv2d, as_map: bool, modules: list[nn.Module]) -> None:
+        self.linear, self.as_map, self.modules = linear, as_map, modules
+
+    def places(self) -> list[Place]:
+        return _places_of(self.linear)
+
+    def pack(self, nchw: bool) -> torch.Tensor:
+        bias = None if self.linear.bias is None else self.linear.bias.double()
+        return _pack_product(self.linear.weight.flatten(1), None, bias)
+
+    def layer(self, height: int, width: int, nchw: bool) -> tuple[ChainLayer, int, int]:
+        return ChainLayer(_ops.MEANS, self.linear.weight.shape[0], 1, 1, *NO_PADS, 0, 0), 1, 1
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        # Without a batch dimension a 1x1 convolution works, and a linear layer behind a pool or a mean does not.
+        y = F.linear(x.mean((-2, -1) if self.as_map else (2, 3)), self.linear.weight.flatten(1), self.linear.bias)
+        return y[..., None, None] if self.as_map else y
+
+
+Element = FirstConvolution | Site | FrozenSite | Classifier
+
+
+def tensors_at(places: list[Place]) -> list[torch.Tensor | None]:
+    """What is there; ``None`` also where there is no such name, as in a parametrized module."""
+    return [attributes[kind].get(name) for attributes, kind, name in places]
+
+
+def _places_of(module: nn.Module) -> list[Place]:
+    return [(vars(module), "_parameters", "weight"), (vars(module), "_parameters", "bias")]
+
+
+def _places_of_norm(bn: nn.Module | None) -> list[Place]:
+    if bn is None:
+        return []
+    return [*_places_of(bn), (vars(bn), "_buffers", "running_mean"), (vars(bn), "_buffers", "running_var")]
+
+
+def _pack_product(weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
+    """A product alone: ``weight`` is ``[N, C]``."""
+    no_depthwise = weight.new_zeros(weight.shape[1], 1, 3, 3)
+    return _ops.pack(no_depthwise, None, None, weight.contiguous()[:, :, None, None], scale, bias, True)
+
+
+def _sizes(layer: ChainLayer, height: int, width: int) -> tuple[int, int]:
+    return (
+        output_size(height, layer.pad_top, layer.pad_bottom, layer.stride, layer.dilation),
+        output_size(width, layer.pad_left, layer.pad_right, layer.stride, layer.dilation),
+    )
