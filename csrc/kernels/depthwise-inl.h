@@ -209,7 +209,7 @@ void depthwise_channels_last(const SeparableParams<typename V::T>& p, const Tile
   constexpr int L = V::kLanes;
   constexpr int64_t kGroup = max_of(1, kChannelGroupBytes / int64_t(sizeof(T)) / L) * L;
   static constexpr SegmentKernels<V> kKernels;
-  static constexpr int kHalfRows = Tiling<Half>::kTileRows;
+  static constexpr int kHalfRows = (Tiling<V>::kTileRows + 1) / 2;  // 17 values for 16 registers: one is read again
   static constexpr SegmentKernels<Half, L, kHalfRows> kHalfKernels;
 
   const int64_t channels = p.in_channels, padded = round_up(channels, L), map = p.height * p.width * channels;
@@ -220,28 +220,28 @@ void depthwise_channels_last(const SeparableParams<typename V::T>& p, const Tile
   const auto all = V::mask(0, L), tail = V::mask(0, channels % L);
   const Reach reach(p);
 
-  // The last channels, fewer than a vector. Whole vectors run on into the next pixel, and what comes of it is padding
-  // of h, which nobody reads; only the end of the last map has none.
-  const auto run_tail = [&](const T* image, int64_t i, int64_t j, int64_t count, T* out) {
+  // The last channels of a segment, fewer than a vector. Whole vectors run on into the next pixel, and what comes of it
+  // is padding of h, which nobody reads; only the end of the last map has none.
+  const auto run_tail = [&](Segment<T> segment, Taps taps, int64_t count, T* out) {
     const int64_t c = channels / L * L;
     const bool halved = Half::kLanes < L && channels - c <= Half::kLanes;
-    for (const int64_t most = halved ? kHalfRows : count; count > 0;) {
-      const int64_t some = min_of(count, most);
-      const Segment<T> segment = segment_at(p, image, i, j, some);
-      const T* last_row = nullptr;
-      for (const T* row : segment.row) last_row = row != nullptr ? row : last_row;
-      const int64_t last_column =
-          min_of((some - 1) * p.stride + 2 * p.dilation, p.width - 1 - segment.first_column) * channels;
-      const bool runs_out = last_row != nullptr && last_row + last_column + c + (halved ? Half::kLanes : L) > end;
-      const Taps taps = runs_out ? Taps::kChecked : reach.taps(j);
-      if (halved) {
-        kHalfKernels.table[int(taps)][some - 1](segment, c, Half::mask(0, channels - c), weights + 10 * c, out);
-      } else {
-        kKernels.table[int(taps)][some - 1](segment, c, tail, weights + 10 * c, out);
-      }
-      count -= some;
-      j += some;
-      out += some * L;
+    const T* last_row = nullptr;
+    for (const T* row : segment.row) last_row = row != nullptr ? row : last_row;
+    const int64_t last_column = min_of((count - 1) * p.stride + 2 * p.dilation, p.width - 1 - segment.first_column);
+    const int64_t read = last_column * channels + c + (halved ? Half::kLanes : L);
+    if (last_row != nullptr && last_row + read > end) taps = Taps::kChecked;
+    if (!halved) {
+      kKernels.table[int(taps)][count - 1](segment, c, tail, weights + 10 * c, out);
+      return;
+    }
+    const bool last_outside = segment.last_outside;
+    for (int64_t some; count > 0; count -= some, out += some * L) {
+      some = min_of(count, kHalfRows);
+      segment.last_outside = last_outside && some == count;
+      kHalfKernels.table[int(taps)][some - 1](segment, c, Half::mask(0, channels - c), weights + 10 * c, out);
+      for (const T*& row : segment.row) row = row == nullptr ? nullptr : row + some * p.stride * channels;
+      segment.first_column += some * p.stride;
+      segment.first_outside = false;
     }
   };
 
@@ -260,7 +260,7 @@ void depthwise_channels_last(const SeparableParams<typename V::T>& p, const Tile
         for (; c + L <= group_end; c += L) {
           kKernels.table[int(taps)][count - 1](segment, c, all, weights + 10 * c, out + c * block.size);
         }
-        if (c < group_end) run_tail(image, i, j, count, out + c * block.size);
+        if (c < group_end) run_tail(segment, taps, count, out + c * block.size);
         done += count;
         j += count;
         if (j == p.out_width) j = 0, ++i;
