@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn as nn
 from build_files import setup_cuda
 from subprocesses import run_code
 
 import fusedsep
-from fusedsep import _cuda
+from fusedsep import _cuda, _kept_input, _kernel_path, _ops, _training
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -123,6 +124,36 @@ def test_shapes_of_training_on_a_gpu(dtype):
             assert product.is_contiguous()
         assert [(s.shape[0], s.dtype) for s in statistics] == [(c, torch.float32) for c in (5, 5, 7, 7)]
         assert (normalization.shape, normalization.dtype) == ((4, 7), torch.float32)
+
+
+@pytest.mark.needs_cuda_build
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_of_training_in_python(dtype, channels_last):
+    """What goes on around the operators, with tensors that are on a GPU and have no numbers."""
+    fmt = torch.channels_last if channels_last else torch.contiguous_format
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=False), torch.no_grad():
+        x = torch.empty(2, 5, 9, 8, device="cuda", dtype=dtype, memory_format=fmt)
+        shapes = ((5, 1, 3, 3), None, (5,), (5,), None, None, (7, 5, 1, 1), None, (7,), (7,), None, None)
+        tensors = [None if shape is None else torch.empty(shape, device="cuda", dtype=dtype) for shape in shapes]
+        operands, settings = (
+            _ops.Operands(*tensors),
+            _ops.Settings(2, 1e-5, 2, 1e-5, 1, 1, 1, 1, 1, 1, 1, 1, channels_last),
+        )
+        norms = [nn.BatchNorm2d(c, momentum=m, device="cuda", dtype=dtype) for c, m in ((5, 0.1), (7, None))]
+        followers = norms if dtype == torch.float32 else (None, None)  # converting them takes a torch with CUDA
+        assert _kernel_path.run_training(x, operands, settings, *followers).shape == (2, 7, 9, 8)
+        y, p, mean1, var1, mean2, var2, normalization = _ops.separable_conv2d_training(x, *operands, *settings)
+        product = _kept_input.remember(y, p, normalization)
+        assert _kept_input.kept_for_backward(y) == (p, normalization)
+        assert product().makes(y)
+        operands = operands._replace(bn1_mean=mean1, bn1_var=var1, bn2_mean=mean2, bn2_var=var2)
+        needed = [True] * (1 + len(operands))
+        rows = torch.empty(4, 5, device="cuda")
+        gradients = _training.gradients(torch.ones_like(y), x, p, operands, settings, needed, rows)
+        for gradient, tensor in zip(gradients, (x, *operands), strict=True):
+            if gradient is not None and tensor is not None:
+                assert (gradient.shape, gradient.dtype, gradient.device) == (tensor.shape, dtype, x.device)
 
 
 def test_training_on_a_gpu_is_for_those_who_ask():
