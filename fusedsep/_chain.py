@@ -9,11 +9,14 @@ import torch
 import torch.nn as nn
 
 from . import _C, _compat, _kernel_path, _ops
-from ._chain_elements import Classifier, Element, FirstConvolution, FrozenSite, Place, tensors_at
+from ._chain_elements import Classifier, Convolution, Element, FrozenSite, Place, tensors_at
 
 
 class LayerChain:
-    """Layers that each read what the one before gives, and nobody else does; eval only.
+    """Layers that each read what the one before gives, and additions of such maps; eval only.
+
+    ``residuals`` has for each layer the number of the map that is added to its own, or -1: 0 is the input of the chain,
+    i what layer i - 1 gives.
 
     Called with a batch of float maps on the CPU, several are one call of the operator; anything else goes through the
     layers one by one, with the same result up to rounding.
@@ -23,12 +26,12 @@ class LayerChain:
     holds counts its changes; of modules that somebody may still train, every byte is looked at.
     """
 
-    def __init__(self, name: str, elements: list[Element]) -> None:
+    def __init__(self, name: str, elements: list[Element], residuals: list[int]) -> None:
         self.__name__ = name
-        self.elements = elements
+        self.elements, self.residuals = elements, residuals
         self.modules = [module for element in elements for module in element.modules]
         self._is_map = not isinstance(elements[-1], Classifier)
-        self._has_images = isinstance(elements[0], FirstConvolution)
+        self._has_images = isinstance(elements[0], Convolution) and not elements[0].is_pointwise
         self._sites = [element.frozen for element in elements if isinstance(element, FrozenSite)]
         self._packed = _kernel_path.PackedCache()
         self._layers: dict[tuple[int, int, bool], list[int] | None] = {}
@@ -53,8 +56,13 @@ class LayerChain:
             y = self._run(x)
             if y is not None:
                 return y
-        for element in self.elements:
+        maps = {0: x}
+        for number, (element, residual) in enumerate(zip(self.elements, self.residuals, strict=True), 1):
             x = element(x)
+            if residual >= 0:
+                x = maps[residual] + x
+            if number in self.residuals:
+                maps[number] = x
         return x
 
     def _run(self, x: torch.Tensor) -> torch.Tensor | None:
@@ -80,15 +88,19 @@ class LayerChain:
         return [tensor for element in self.elements for tensor in tensors_at(element.places())]
 
     def _layers_for(self, height: int, width: int, nchw: bool) -> list[int] | None:
-        """The numbers of the operator; ``None`` for a map that is too small: the layers know more to say about it."""
+        """The numbers of the operator; ``None`` for a map that does not fit: the layers know more to say about it."""
         key = height, width, nchw
         if key in (known := self._layers):
             return known[key]
         numbers: list[int] | None = []
+        shapes = [(self.elements[0].in_channels, height, width)]
         try:
-            for element in self.elements:
+            for element, residual in zip(self.elements, self.residuals, strict=True):
                 layer, height, width = element.layer(height, width, nchw)
-                numbers += layer
+                shapes.append((layer.out_channels, height, width))
+                if residual >= 0 and shapes[residual] != shapes[-1]:
+                    raise ValueError("maps of two shapes are not added in a chain")
+                numbers += layer._replace(residual=residual)
         except ValueError:
             numbers = None
         # A new dictionary in the place of a full one: other threads may be reading it.
@@ -129,10 +141,10 @@ class LayerChain:
         return state, [None if tensor is None else tensor.detach() for tensor in tensors]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"__name__": self.__name__, "elements": self.elements}
+        return {"__name__": self.__name__, "elements": self.elements, "residuals": self.residuals}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["__name__"], state["elements"])
+        self.__init__(state["__name__"], state["elements"], state["residuals"])
 
 
 #: Sizes of images whose layers are remembered.

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn as nn
@@ -15,7 +15,7 @@ from ._activations import ACTIVATION_CODES, apply_activation
 from ._checks import checked_pads
 from ._fold import scale_and_shift
 from ._ops import ChainLayer
-from ._padding import NO_PADS, convolution_pads, output_size
+from ._padding import NO_PADS, Pads, convolution_pads, output_size, pad_map
 
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm
@@ -27,18 +27,31 @@ if TYPE_CHECKING:
 Place = tuple[dict[str, Any], str, str]
 
 
-class FirstConvolution:
-    """A 3x3 convolution of few channels, its BN and its activation: ``activation(bn(conv(x)))``.
+class Convolution:
+    """A convolution, its BN and its activation: ``activation(bn(conv(pad(x))))``.
 
     Args:
-        conv: not grouped, with one stride (1 or 2) and one dilation for both directions, padded with zeros.
+        conv: a 1x1 convolution; or one of 3x3 taps and few channels, not grouped, with one stride (1 or 2) and one
+            dilation for both directions, padded with zeros.
         bn: in eval mode with running statistics, or ``None``.
         activation: its name.
         modules: all that it stands for, as they are called.
+        pads: zeros that are put around the map of a 3x3 convolution besides its own.
+        carried: ``bn`` applies the activation itself.
     """
 
-    def __init__(self, conv: nn.Conv2d, bn: nn.Module | None, activation: str, modules: list[nn.Module]) -> None:
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        bn: nn.Module | None,
+        activation: str,
+        modules: list[nn.Module],
+        pads: Pads | Literal["same"] = NO_PADS,
+        carried: bool = False,
+    ) -> None:
         self.conv, self.bn, self.activation, self.modules = conv, bn, activation, modules
+        self.pads, self.carried = pads, carried
+        self.is_pointwise = tuple(conv.kernel_size) == (1, 1)
 
     @property
     def in_channels(self) -> int:
@@ -53,22 +66,28 @@ class FirstConvolution:
 
     def pack(self, nchw: bool) -> torch.Tensor:
         scale, shift = scale_and_shift(self.conv, self.bn)
-        out_channels, channels = self.conv.weight.shape[:2]
-        weight = self.conv.weight if nchw else self.conv.weight.permute(0, 2, 3, 1)
-        patches = weight.reshape(out_channels, 9 * channels)  # in the order of csrc/kernels/separable.h
-        return _pack_product(patches, scale, shift)
+        weight = self.conv.weight
+        if not self.is_pointwise and not nchw:
+            weight = weight.permute(0, 2, 3, 1)
+        return _pack_product(weight.reshape(len(weight), -1), scale, shift)  # in the order of csrc/kernels/separable.h
 
     def layer(self, height: int, width: int, nchw: bool) -> tuple[ChainLayer, int, int]:
-        stride, dilation = self.conv.stride[0], self.conv.dilation[0]
-        pads = checked_pads(NO_PADS, convolution_pads(self.conv), stride, dilation, height, width)
-        rows = _ops.PATCHES_OF_NCHW if nchw else _ops.PATCHES
         activation = ACTIVATION_CODES[self.activation]
+        if self.is_pointwise:
+            if min(height, width) < 1:
+                raise ValueError("x must have a pixel")
+            return ChainLayer(_ops.PIXELS, self.out_channels, 1, 1, *NO_PADS, 0, activation), height, width
+        stride, dilation = self.conv.stride[0], self.conv.dilation[0]
+        pads = checked_pads(self.pads, convolution_pads(self.conv), stride, dilation, height, width)
+        rows = _ops.PATCHES_OF_NCHW if nchw else _ops.PATCHES
         layer = ChainLayer(rows, self.out_channels, stride, dilation, *pads, 0, activation)
         return layer, *_sizes(layer, height, width)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.conv(x)
-        return apply_activation(self.activation, x if self.bn is None else self.bn(x))
+        x = self.conv(pad_map(x, self.pads, self.conv.stride[0], self.conv.dilation[0]))
+        if self.bn is not None:
+            x = self.bn(x)
+        return x if self.carried else apply_activation(self.activation, x)
 
 
 class Site:
@@ -184,7 +203,7 @@ class Classifier:
         return y[..., None, None] if self.as_map else y
 
 
-Element = FirstConvolution | Site | FrozenSite | Classifier
+Element = Convolution | Site | FrozenSite | Classifier
 
 
 def tensors_at(places: list[Place]) -> list[torch.Tensor | None]:

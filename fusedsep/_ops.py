@@ -28,7 +28,7 @@ NO_NORM, FIXED_STATISTICS, BATCH_STATISTICS = 0, 1, 2
 
 
 #: What a layer of a chain multiplies with its pointwise weights (csrc/kernels/separable.h).
-DEPTHWISE, PATCHES, PATCHES_OF_NCHW, MEANS = 0, 1, 2, 3
+DEPTHWISE, PATCHES, PATCHES_OF_NCHW, MEANS, PIXELS = 0, 1, 2, 3, 4
 
 
 class ChainLayer(NamedTuple):
@@ -44,6 +44,7 @@ class ChainLayer(NamedTuple):
     pad_bottom: int
     activation: int
     pointwise_activation: int
+    residual: int = -1
 
 
 class Operands(NamedTuple):
@@ -117,10 +118,14 @@ def _(x, packed, out_channels, *others):  # type: ignore[no-untyped-def]
 def _(x, packed, layers):  # type: ignore[no-untyped-def]
     numbers = len(ChainLayer._fields)
     for i in range(0, len(layers), numbers):
-        rows, out_channels, *geometry, _, _ = layers[i : i + numbers]
+        rows, out_channels, *geometry, _, _, _ = layers[i : i + numbers]
         if rows == MEANS:
             return x.new_empty((x.shape[0], out_channels))
-        x = _map(x, out_channels, *geometry, True)
+        x = (
+            _dense(x, x.shape[0], out_channels, *x.shape[2:], True)
+            if rows == PIXELS
+            else _map(x, out_channels, *geometry, True)
+        )
     return x
 
 

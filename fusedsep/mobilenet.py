@@ -12,7 +12,7 @@ import torch.nn as nn
 from . import _sync
 from ._activations import activation_module
 from ._checks import check_positive_int
-from ._padding import PaddingArgument, Pads, pad_map, parse_padding, split_padding
+from ._padding import PaddingArgument, pad_map, parse_padding, split_padding
 from .block import DepthwiseSeparableBlock
 
 #: Output channels of the first convolution at width 1.0; its stride is 2.
@@ -102,20 +102,21 @@ class MobileNetV1Skeleton(nn.Module):
         self.linear = nn.Linear(channels, num_classes, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = _padded_images(x, self.in_channels, self._first_pad)
+        # The padding stands here and not in ``first_conv``, so that the keys ``first_conv.0`` (convolution) and
+        # ``first_conv.1`` (BN) do not depend on it.
+        x = pad_map(_checked_images(x, self.in_channels), self._first_pad, 2, 1)
         x = self.stage_layers(self.first_conv(x))
         return self.linear(x.mean(dim=(2, 3)))
 
 
-# One call for FX, which cannot branch on a shape. The padding stands here and not in ``first_conv``, so that the keys
-# ``first_conv.0`` (convolution) and ``first_conv.1`` (BN) do not depend on it.
+# One call for FX, which cannot branch on a shape.
 @torch.fx.wrap
-def _padded_images(x: torch.Tensor, in_channels: int, padding: Pads | str) -> torch.Tensor:
+def _checked_images(x: torch.Tensor, in_channels: int) -> torch.Tensor:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if x.dim() != 4 or x.shape[1] != in_channels or 0 in x.shape[2:]:
         raise ValueError(f"x must be images of shape [N, {in_channels}, H, W], got {list(x.shape)}")
-    return pad_map(x, padding, 2, 1)
+    return x
 
 
 class MobileNetV1(MobileNetV1Skeleton):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fusedsep import _ops
-from fusedsep._ops import DEPTHWISE, MEANS, PATCHES, PATCHES_OF_NCHW, ChainLayer
+from fusedsep._ops import DEPTHWISE, MEANS, PATCHES, PATCHES_OF_NCHW, PIXELS, ChainLayer
 
 ACTIVATIONS = (lambda x: x, torch.relu, F.relu6, F.hardswish)
 
@@ -15,9 +15,11 @@ ACTIVATIONS = (lambda x: x, torch.relu, F.relu6, F.hardswish)
 class Layer:
     """A layer, its weights in float64, and what ATen makes of them."""
 
-    def __init__(self, rows, channels, out_channels, stride=1, dilation=1, pads=(1, 1, 1, 1), activations=(1, 1)):
+    def __init__(
+        self, rows, channels, out_channels, stride=1, dilation=1, pads=(1, 1, 1, 1), activations=(1, 1), residual=-1
+    ):
         self.channels = channels
-        self.numbers = ChainLayer(rows, out_channels, stride, dilation, *pads, *activations)
+        self.numbers = ChainLayer(rows, out_channels, stride, dilation, *pads, *activations, residual)
         depth = 9 * channels if rows in (PATCHES, PATCHES_OF_NCHW) else channels
         self.first = torch.randn(channels, 1, 3, 3, dtype=torch.double)
         self.first_bias = torch.randn(channels, dtype=torch.double)
@@ -44,6 +46,8 @@ class Layer:
         act, pointwise_act = ACTIVATIONS[n.activation], ACTIVATIONS[n.pointwise_activation]
         if n.rows == MEANS:
             return pointwise_act(F.linear(x.mean((2, 3)), self.weight, self.bias))
+        if n.rows == PIXELS:
+            return pointwise_act(F.conv2d(x, self.weight[:, :, None, None], self.bias))
         if n.rows == DEPTHWISE:
             h = F.conv2d(F.pad(x, pads), self.first, self.first_bias, n.stride, 0, n.dilation, x.shape[1])
             return pointwise_act(F.conv2d(act(h), self.weight[:, :, None, None], self.bias))
@@ -67,10 +71,11 @@ def run(layers, x):
 
 
 def exact(layers, x):
-    x = x.double()
+    maps = [x.double()]
     for layer in layers:
-        x = layer(x)
-    return x
+        y = layer(maps[-1])
+        maps.append(y + maps[layer.numbers.residual] if layer.numbers.residual >= 0 else y)
+    return maps[-1]
 
 
 def network(first, channels=3, width=8):
@@ -79,5 +84,26 @@ def network(first, channels=3, width=8):
         Layer(DEPTHWISE, width, 2 * width + 1, activations=(1, 1)),
         Layer(DEPTHWISE, 2 * width + 1, 21, 2, pads=(0, 1, 0, 1), activations=(3, 0)),
         Layer(DEPTHWISE, 21, 40, 1, 2, (2, 2, 2, 2), (2, 3)),
+        Layer(MEANS, 40, 13, pads=(0, 0, 0, 0), activations=(0, 0)),
+    ]
+
+
+def expand(channels, out_channels):
+    return Layer(PIXELS, channels, out_channels, pads=(0, 0, 0, 0), activations=(0, 2))
+
+
+def residual_network(width=8):
+    """A first convolution, three residual blocks, the last two of them around each other, and a classifier."""
+    return [
+        Layer(PATCHES, 3, width, 2, activations=(0, 2)),
+        expand(width, 3 * width + 1),
+        Layer(DEPTHWISE, 3 * width + 1, width, activations=(2, 0), residual=1),
+        expand(width, 19),
+        Layer(DEPTHWISE, 19, 21, 2, pads=(0, 1, 0, 1), activations=(2, 0)),
+        expand(21, 35),
+        Layer(DEPTHWISE, 35, 21, activations=(2, 0), residual=5),
+        expand(21, 33),
+        Layer(DEPTHWISE, 33, 21, activations=(2, 0), residual=5),
+        expand(21, 40),
         Layer(MEANS, 40, 13, pads=(0, 0, 0, 0), activations=(0, 0)),
     ]

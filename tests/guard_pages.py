@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import training_reference
 from cases import ACTIVATION_CODES, Case, operands
-from chain_layers import PATCHES, PATCHES_OF_NCHW, arguments, network
+from chain_layers import DEPTHWISE, PATCHES, PATCHES_OF_NCHW, Layer, arguments, expand, network
 
 import fusedsep
 from fusedsep import _C, _ops
@@ -127,21 +127,21 @@ def check_training(case: Case, dtype: torch.dtype, channels_last: bool) -> None:
 
 
 def check_chain(channels: int, size: int, dtype: torch.dtype) -> None:
-    for first in (PATCHES, PATCHES_OF_NCHW):
-        torch.manual_seed(0)
-        layers = network(first, channels)
-        for begin, end in ((0, 1), (0, 5), (1, 5), (4, 5)):  # a convolution, all, and what begins in the middle
-            width = layers[begin].channels
-            x, packed, numbers = arguments(layers[begin:end], torch.randn(2, width, size, size + 1).to(dtype))
-            expected = _ops.chain(x, packed, numbers)
-            nchw = begin == 0 and first == PATCHES_OF_NCHW
-            for at_end in (True, False):
-                if nchw:
-                    image = torch.from_numpy(guarded(x.numpy(), at_end))
-                else:
-                    image = torch.from_numpy(guarded(x.permute(0, 2, 3, 1).numpy(), at_end)).permute(0, 3, 1, 2)
-                packed_there = torch.from_numpy(guarded(packed.numpy(), at_end))
-                assert torch.equal(_ops.chain(image, packed_there, numbers), expected)
+    torch.manual_seed(0)
+    layers = [network(first, channels) for first in (PATCHES, PATCHES_OF_NCHW)]
+    # A convolution, all, and what begins in the middle.
+    parts = [part[begin:end] for part in layers for begin, end in ((0, 1), (0, 5), (1, 5), (4, 5))]
+    pair = [expand(channels, 97), Layer(DEPTHWISE, 97, channels, residual=0)]
+    for part in (*parts, pair[:1], pair):
+        x, packed, numbers = arguments(part, torch.randn(2, part[0].channels, size, size + 1).to(dtype))
+        expected = _ops.chain(x, packed, numbers)
+        for at_end in (True, False):
+            if part[0].numbers.rows == PATCHES_OF_NCHW:
+                image = torch.from_numpy(guarded(x.numpy(), at_end))
+            else:
+                image = torch.from_numpy(guarded(x.permute(0, 2, 3, 1).numpy(), at_end)).permute(0, 3, 1, 2)
+            packed_there = torch.from_numpy(guarded(packed.numpy(), at_end))
+            assert torch.equal(_ops.chain(image, packed_there, numbers), expected)
 
 
 def main() -> None:

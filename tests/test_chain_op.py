@@ -7,10 +7,10 @@ import itertools
 
 import pytest
 import torch
-from chain_layers import Layer, arguments, exact, network, run
+from chain_layers import Layer, arguments, exact, expand, network, residual_network, run
 
 from fusedsep import _ops
-from fusedsep._ops import MEANS, PATCHES, PATCHES_OF_NCHW, ChainLayer
+from fusedsep._ops import DEPTHWISE, MEANS, PATCHES, PATCHES_OF_NCHW, ChainLayer
 
 
 def assert_close(ours, exact):
@@ -63,9 +63,52 @@ def test_map_wider_than_a_chain_of_sums():
         assert_close(run(layers, x), exact(layers, x))
 
 
-def test_same_bits_for_every_batch_and_thread_count():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_residual_networks(isa, dtype):
+    torch.manual_seed(5)
+    layers = residual_network()
+    for threads, batch in itertools.product((1, 2), (1, 2, 5)):
+        torch.set_num_threads(threads)
+        x = torch.randn(batch, 3, 21, 26, dtype=dtype)
+        for length in range(2, len(layers) + 1):
+            assert_close(run(layers[:length], x), exact(layers[:length], x))
+
+
+def test_the_input_of_a_chain_is_added(isa):
+    torch.manual_seed(6)
+    for channels, size in itertools.product((1, 8, 17, 40), (1, 5, 14)):
+        layers = [expand(channels, 35), Layer(DEPTHWISE, 35, channels, residual=0), expand(channels, 3)]
+        x = torch.randn(3, channels, size, size + 1)
+        for length in (1, 2, 3):
+            assert_close(run(layers[:length], x), exact(layers[:length], x))
+
+
+def test_a_map_for_much_later_is_kept():
+    torch.manual_seed(7)
+    layers = [Layer(DEPTHWISE, 16, 16, residual=i if i in (0, 3) else -1) for i in range(8)]
+    layers[5].numbers = layers[5].numbers._replace(residual=1)
+    layers[6].numbers = layers[6].numbers._replace(residual=2)
+    layers[7].numbers = layers[7].numbers._replace(residual=1)
+    x = torch.randn(2, 16, 9, 9)
+    assert_close(run(layers, x), exact(layers, x))
+
+
+def test_no_map_lies_on_another_one():
+    """Small and large maps in turns, and two large ones."""
+    torch.manual_seed(9)
+    channels = [4, 40, 4, 40, 40, 3, 17, 16]
+    layers = [Layer(DEPTHWISE, a, b) for a, b in itertools.pairwise(channels)]
+    x = torch.randn(2, 4, 11, 12)
+    y = x
+    for layer in layers:
+        y = run([layer], y)
+    assert torch.equal(run(layers, x), y)
+
+
+@pytest.mark.parametrize("make", [lambda: network(PATCHES, 3, 32), lambda: residual_network(24)])
+def test_same_bits_for_every_batch_and_thread_count(make):
     torch.manual_seed(3)
-    layers = network(PATCHES, 3, 32)
+    layers = make()
     x = torch.randn(7, 3, 40, 36)
     torch.set_num_threads(1)
     alone = torch.cat([run(layers, image) for image in x.split(1)])
@@ -88,8 +131,7 @@ def test_empty_batch():
 
 
 def test_shapes_while_tracing():
-    for length in range(1, 6):
-        layers = network(PATCHES)[:length]
+    for layers in (*(network(PATCHES)[:length] for length in range(1, 6)), residual_network()):
         inputs = arguments(layers, torch.randn(2, 3, 16, 18))
         torch.library.opcheck(_ops.chain, inputs, test_utils=("test_schema", "test_faketensor"))
 
@@ -99,16 +141,20 @@ def test_refuses_what_it_cannot_run():
     x, packed, numbers = arguments(layers, torch.randn(1, 3, 16, 16))
     width = len(ChainLayer._fields)
     for message, wrong in {
-        "multiple of 10 numbers, got 9": (x, packed, numbers[:9]),
-        "multiple of 10 numbers, got 0": (x, packed, []),
+        "multiple of 11 numbers, got 9": (x, packed, numbers[:9]),
+        "multiple of 11 numbers, got 0": (x, packed, []),
         "packed must hold the weights of layer 4": (x, packed[:-1], numbers),
         "and nothing else": (x, packed, numbers[:-width]),
         "of the dtype of x": (x.double(), packed, numbers),
         "contiguous in channels_last": (x.contiguous(), packed, numbers),
         "must be the first layer": (x, packed, numbers + numbers[:width]),
         "nothing may follow": (x, packed, numbers + numbers[-width:]),
-        "rows must be from 0 to 3, got 4": (x, packed, [4, *numbers[1:]]),
+        "rows must be from 0 to 4, got 5": (x, packed, [5, *numbers[1:]]),
         "stride must be from 1 to 2, got 3": (x, packed, [*numbers[:2], 3, *numbers[3:]]),
+        "residual must be from -1 to 0, got 1": (x, packed, [*numbers[:10], 1, *numbers[11:]]),
+        "cannot have a residual": (x, packed, [*numbers[:10], 0, *numbers[11:]]),
+        "a map of the same shape": (x, packed, [*numbers[:21], 1, *numbers[22:]]),
+        "neither stride nor padding": (x, packed, [4, *numbers[1:]]),
         "x is too small": (x[:, :, :1, :1].contiguous(memory_format=torch.channels_last), packed, numbers),
         "x must be a CPU tensor of shape": (x[0], packed, numbers),
     }.items():

@@ -13,15 +13,19 @@ namespace fusedsep {
 namespace {
 
 // One layer among the numbers that describe a chain, in their order.
-constexpr size_t kNumbersPerLayer = 10;
+constexpr size_t kNumbersPerLayer = 11;
 struct Layer {
   Rows rows;
   int64_t out_channels;
   Geometry geometry;
+  int64_t residual;
 
   explicit Layer(const int64_t* n)
-      : rows(Rows(n[0])), out_channels(n[1]), geometry{n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9]} {
-    check_range("a layer's rows", n[0], 0, 3);
+      : rows(Rows(n[0])),
+        out_channels(n[1]),
+        geometry{n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9]},
+        residual(n[10]) {
+    check_range("a layer's rows", n[0], 0, 4);
     check_range("a layer's out_channels", out_channels, 1, int64_t(1) << 40);
     check_geometry(geometry);
   }
@@ -37,6 +41,9 @@ Tensor chain_as(const Tensor& x, const Tensor& packed, const std::vector<int64_t
   int64_t channels = x.size(1), height = x.size(2), width = x.size(3), offset = 0;
 
   std::vector<SeparableParams<T>> layers;
+  std::vector<int64_t> residuals;
+  // Channels, height and width of the maps: first x, then what the layers give.
+  std::vector<std::array<int64_t, 3>> maps{{channels, height, width}};
   for (size_t i = 0; i < numbers.size(); i += kNumbersPerLayer) {
     const Layer layer(numbers.data() + i);
     const Geometry& g = layer.geometry;
@@ -52,6 +59,12 @@ Tensor chain_as(const Tensor& x, const Tensor& packed, const std::vector<int64_t
     if (layer.rows == Rows::kMeans) {
       STD_TORCH_CHECK(height > 0 && width > 0, "x is too small: a map without a pixel has no mean");
       params.out_height = params.out_width = 1;
+    } else if (layer.rows == Rows::kPixels) {
+      STD_TORCH_CHECK(height > 0 && width > 0, "x is too small: it has no pixel");
+      STD_TORCH_CHECK(g.stride == 1 && g.pad_top == 0 && g.pad_bottom == 0 && g.pad_left == 0 && g.pad_right == 0,
+                      "a 1x1 convolution in a chain has neither stride nor padding");
+      params.out_height = height;
+      params.out_width = width;
     } else {
       params.out_height = output_size("height", height, g.pad_top, g.pad_bottom, g);
       params.out_width = output_size("width", width, g.pad_left, g.pad_right, g);
@@ -77,6 +90,15 @@ Tensor chain_as(const Tensor& x, const Tensor& packed, const std::vector<int64_t
     channels = params.out_channels;
     height = params.out_height;
     width = params.out_width;
+    maps.push_back({channels, height, width});
+    check_range("a layer's residual", layer.residual, -1, int64_t(i / kNumbersPerLayer));
+    STD_TORCH_CHECK(layer.residual < 0 || (!patches && layer.rows != Rows::kMeans),
+                    "the first convolution and the means of a chain cannot have a residual");
+    STD_TORCH_CHECK(layer.residual < 0 || maps[size_t(layer.residual)] == maps.back(),
+                    "the residual of a layer must be a map of the same shape");
+    STD_TORCH_CHECK(layer.residual != 0 || numbers[0] != int64_t(Rows::kPatchesOfNchw),
+                    "an input in NCHW cannot be a residual");
+    residuals.push_back(layer.residual - 1);
   }
   STD_TORCH_CHECK(offset == weights_size, "packed must hold the weights of the layers and nothing else");
 
@@ -85,7 +107,7 @@ Tensor chain_as(const Tensor& x, const Tensor& packed, const std::vector<int64_t
   Tensor y = is_map ? empty_strided<4>(sizes, dense_strides(sizes, true), x.scalar_type())
                     : empty_strided<2>({batch, channels}, {channels, 1}, x.scalar_type());
   const int64_t threads = torch::stable::get_num_threads();
-  ChainRunner<T>(kernels, std::move(layers))
+  ChainRunner<T>(kernels, std::move(layers), std::move(residuals))
       .run(x.const_data_ptr<T>(), y.mutable_data_ptr<T>(), batch, threads, TorchParallelFor());
   return y;
 }
@@ -109,9 +131,10 @@ Tensor chain(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& 
 }  // namespace
 }  // namespace fusedsep
 
-// `layers` has 10 numbers for each: rows (csrc/kernels/separable.h), out_channels, stride, dilation, pad_left,
-// pad_right, pad_top, pad_bottom, activation, pointwise_activation. `packed` is what `pack` returned for each, in
-// channels_last, one after the other.
+// `layers` has 11 numbers for each: rows (csrc/kernels/separable.h), out_channels, stride, dilation, pad_left,
+// pad_right, pad_top, pad_bottom, activation, pointwise_activation, residual. The last one is the number of the map
+// that is added to what the layer gives: 0 for x, i for that of layer i - 1, and -1 for none. `packed` is what `pack`
+// returned for each, in channels_last, one after the other.
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedsep, m) { m.def("chain(Tensor x, Tensor packed, int[] layers) -> Tensor"); }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedsep, CPU, m) { m.impl("chain", TORCH_BOX(&fusedsep::chain)); }

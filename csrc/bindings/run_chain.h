@@ -26,14 +26,69 @@ int64_t out_size(const SeparableParams<T>& layer) {
   return layer.out_channels * layer.out_height * layer.out_width;
 }
 
+// Where the maps between the layers lie in one workspace.
+//
+// A map that only the next layer reads is dead after it: such maps lie at the two ends of one area in turns, which
+// holds the largest two neighbours. A map that a later layer adds to its own lies in a second area, at the first place
+// that is free for as long as it is needed.
+class MapPlan {
+ public:
+  // `sizes[i]` is that of the map that layer i writes; `residuals[i]` the layer whose map layer i adds, or -1 or less.
+  // The last map is the output, which lies elsewhere.
+  MapPlan(const std::vector<int64_t>& sizes, const std::vector<int64_t>& residuals) {
+    const int64_t count = std::max(int64_t(0), int64_t(sizes.size()) - 1);
+    std::vector<int64_t> last_use(size_t(count), 0);
+    for (int64_t i = 0; i < count; ++i) last_use[size_t(i)] = i + 1;
+    for (int64_t i = 0; i < int64_t(residuals.size()); ++i) {
+      if (residuals[size_t(i)] >= 0) last_use[size_t(residuals[size_t(i)])] = std::max(i, residuals[size_t(i)] + 1);
+    }
+    const auto is_held = [&](int64_t i) { return last_use[size_t(i)] > i + 1; };
+    const auto size = [&](int64_t i) { return (sizes[size_t(i)] + 15) / 16 * 16; };
+    int64_t area = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (is_held(i)) continue;
+      area = std::max(area, size(i) + (i > 0 && !is_held(i - 1) ? size(i - 1) : 0));
+    }
+    total_ = area;
+    offsets_.resize(size_t(count));
+    for (int64_t i = 0; i < count; ++i) {
+      int64_t& offset = offsets_[size_t(i)];
+      if (!is_held(i)) {
+        offset = i % 2 == 0 ? 0 : area - size(i);
+        continue;
+      }
+      offset = area;
+      for (int64_t j = 0; j < i; ++j) {  // from the first place on, past every map that is in the way
+        if (!is_held(j) || last_use[size_t(j)] < i) continue;
+        const int64_t begin = offsets_[size_t(j)], end = begin + size(j);
+        if (begin < offset + size(i) && offset < end) {
+          offset = end;
+          j = -1;
+        }
+      }
+      total_ = std::max(total_, offset + size(i));
+    }
+  }
+
+  int64_t total() const { return total_; }
+  int64_t offset(size_t i) const { return offsets_[i]; }
+
+ private:
+  std::vector<int64_t> offsets_;
+  int64_t total_ = 0;
+};
+
 template <typename T>
 class ChainRunner {
  public:
-  // Layers have all but x, y and batch filled in; each takes what the one before it gives.
-  ChainRunner(const SeparableKernels<T>& kernels, std::vector<SeparableParams<T>> layers)
-      : kernels_(kernels), layers_(std::move(layers)) {
-    for (size_t i = 0; i + 1 < layers_.size(); ++i) map_size_ = std::max(map_size_, out_size(layers_[i]));
-    map_size_ = (map_size_ + 15) / 16 * 16;
+  // Layers have all but their maps and batch filled in; each takes what the one before it gives, and adds the map of
+  // layer `residuals[i]`: -1 is the input of the chain, anything less is none.
+  ChainRunner(const SeparableKernels<T>& kernels, std::vector<SeparableParams<T>> layers,
+              std::vector<int64_t> residuals)
+      : kernels_(kernels),
+        layers_(std::move(layers)),
+        residuals_(std::move(residuals)),
+        maps_(out_sizes(layers_), residuals_) {
     int64_t most = 1;
     for (const auto& layer : layers_) most = std::max(most, in_size(layer) + out_size(layer));
     images_at_once_ = std::max(int64_t(1), kImagesBytes / (most * int64_t(sizeof(T))));
@@ -69,7 +124,13 @@ class ChainRunner {
     }
   };
 
-  // Two maps of each of the images that are worked on at once, and the scratch of the layer that needs most.
+  static std::vector<int64_t> out_sizes(const std::vector<SeparableParams<T>>& layers) {
+    std::vector<int64_t> sizes;
+    for (const auto& layer : layers) sizes.push_back(out_size(layer));
+    return sizes;
+  }
+
+  // The maps of the images that are worked on at once, and the scratch of the layer that needs most.
   int64_t workspace_size(int64_t images, int64_t threads) const {
     const int64_t most = std::min(images, images_at_once_);
     int64_t scratch = 0;
@@ -80,7 +141,7 @@ class ChainRunner {
         scratch = std::max(scratch, ScratchSizes<T>(kernels_, layer, plan_for(kernels_, layer, threads), threads).size);
       }
     }
-    return 2 * most * map_size_ + scratch;
+    return most * maps_.total() + scratch;
   }
 
   template <class ParallelFor>
@@ -89,15 +150,17 @@ class ChainRunner {
     const int64_t most = std::min(end - begin, images_at_once_);
     for (int64_t image = begin; image < end; image += most) {
       const int64_t images = std::min(most, end - image);
-      T* maps[2] = {memory, memory + most * map_size_};
-      const T* in = x + image * in_size(layers_.front());
+      const auto map_of = [&](int64_t i) -> T* { return i < 0 ? nullptr : memory + most * maps_.offset(size_t(i)); };
+      const T* const images_in = x + image * in_size(layers_.front());
+      const T* in = images_in;
       for (size_t i = 0; i < layers_.size(); ++i) {
         SeparableParams<T> layer = layers_[i];
         layer.batch = images;
         layer.x = in;
-        layer.y = i + 1 == layers_.size() ? y + image * out_size(layer) : maps[i % 2];
+        layer.y = i + 1 == layers_.size() ? y + image * out_size(layer) : map_of(int64_t(i));
+        layer.residual = residuals_[i] == -1 ? images_in : map_of(residuals_[i]);
         run_separable(kernels_, layer, plan_for(kernels_, layer, threads), threads, parallel_for,
-                      memory + 2 * most * map_size_);
+                      memory + most * maps_.total());
         in = layer.y;
       }
     }
@@ -105,7 +168,8 @@ class ChainRunner {
 
   const SeparableKernels<T>& kernels_;
   std::vector<SeparableParams<T>> layers_;
-  int64_t map_size_ = 0;  // elements of the largest map between two layers
+  std::vector<int64_t> residuals_;
+  MapPlan maps_;
   int64_t images_at_once_ = 1;
 };
 

@@ -8,6 +8,7 @@
 #include "depthwise-inl.h"
 #include "means-inl.h"
 #include "pack-inl.h"
+#include "pixels-inl.h"
 #include "pointwise-inl.h"
 #include "separable.h"
 
@@ -29,6 +30,8 @@ void depthwise(const SeparableParams<typename V::T>& params, const Tile& tile, i
                int64_t channel_end, typename V::T* scratch) {
   if (params.rows == Rows::kMeans) {
     means<V>(params, tile, channel_begin, channel_end, scratch);
+  } else if (params.rows == Rows::kPixels) {
+    pixels<V>(params, tile, channel_begin, channel_end, scratch);
   } else if (params.rows != Rows::kDepthwise) {
     // `pointwise` reads the image itself
   } else if (params.channels_last) {
@@ -76,6 +79,11 @@ void pointwise(const SeparableParams<typename V::T>& params, const Tile& tile, i
     product.c_stride = params.out_channels;
     if (params.rows == Rows::kDepthwise) product.ahead[0] = rows_ahead(params, tile);
     multiply<V, false>(product);
+    if (params.residual != nullptr) {  // now, while the tile is in the cache
+      const int64_t columns = product.column_end - product.column_begin;
+      add_map<V>(params.residual + (product.c - params.y) + product.column_begin, product.c + product.column_begin,
+                 pixels, columns, params.out_channels);
+    }
   } else {
     product.rows = weights;
     product.row_count = params.out_channels;

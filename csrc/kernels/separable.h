@@ -32,7 +32,7 @@ namespace fusedsep {
 enum class Activation : int32_t { kNone = 0, kRelu = 1, kRelu6 = 2, kHardswish = 3 };
 constexpr int kActivationCount = 4;
 
-// What `h` is. Besides the depthwise stage, which gives this library its name, there are the two that the ends of a
+// What `h` is. Besides the depthwise stage, which gives this library its name, there are those that other layers of a
 // network need, so that their products run in the same kernels; these are for channels_last alone.
 enum class Rows : int32_t {
   kDepthwise = 0,
@@ -43,6 +43,7 @@ enum class Rows : int32_t {
   kPatchesOfNchw = 2,  // from x in NCHW, with the channel before the tap: h[c*9 + u*3 + v]
   // The mean of each map, for a product that is a classifier: out_height = out_width = 1.
   kMeans = 3,
+  kPixels = 4,  // x itself, for a 1x1 convolution alone
 };
 
 // Weights and values a channel of maps of T: of the same type, except for the 16-bit types of csrc/cuda/element.h.
@@ -69,6 +70,9 @@ struct SeparableParams {
   Activation activation, pointwise_activation;
   Rows rows = Rows::kDepthwise;  // in_channels counts those of h; only a depthwise stage has an activation and packed
                                  // weights of its own
+  // A map of the shape of y that is added to it at the end; in channels_last, not for patches, and it does not overlap
+  // y.
+  const T* residual = nullptr;
 };
 
 // Output pixels [begin, end) of an image; at least one and at most kMaxTilePixels. In channels_last the pixels of the

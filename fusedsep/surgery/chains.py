@@ -66,7 +66,7 @@ class Outline:
         runs = self._find_runs(tracer.run())
         # Python that no run needs to have written out stays what it is: a call.
         needed = {
-            call.module for run in runs if len(run.makers) > 1 for node in run.nodes for call in node.meta["calls"]
+            call.module for run in runs if len(run.steps) > 1 for node in run.nodes for call in node.meta["calls"]
         }
         tracer = Tracer(root, self._form, opaque, analysis.helpers, needed | tracer.see_through)
         self._graph = tracer.run()
@@ -82,7 +82,7 @@ class Outline:
             if run is not None and run.site_keys:
                 runs.append(run)
                 covered.update(run.nodes)
-        return runs if any(len(run.makers) > 1 for run in runs) else []
+        return runs if any(len(run.steps) > 1 for run in runs) else []
 
     def attach(self, frozen: Frozen = None) -> None:
         """Give the root a forward with its runs as chains, if it has any.
@@ -93,11 +93,12 @@ class Outline:
         if not self._runs or (frozen is not None and not all(run.site_keys <= frozen.keys() for run in self._runs)):
             return
         for index, run in enumerate(self._runs):
-            chain = LayerChain(f"chain_{index}", [make(frozen) for make in run.makers])
-            with self._graph.inserting_before(run.nodes[0]):
-                call = self._graph.call_function(chain, (input_of(run.nodes[0]),))
-            run.nodes[-1].replace_all_uses_with(call)
-            for node in reversed(run.nodes):
+            chain = LayerChain(f"chain_{index}", run.elements(frozen), [step.residual for step in run.steps])
+            nodes = run.nodes
+            with self._graph.inserting_before(nodes[0]):
+                call = self._graph.call_function(chain, (input_of(nodes[0]),))
+            run.last.replace_all_uses_with(call)
+            for node in reversed(nodes):
                 self._graph.erase_node(node)
         present = set(self._root.modules())
         for node in self._graph.nodes:

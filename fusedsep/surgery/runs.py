@@ -1,34 +1,33 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which nodes of a graph form a chain: layers that each read what the one before gives, and nobody else does."""
+"""Which nodes of a graph form a chain: layers that each read what the one before gives, and additions of such maps."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import fx
 
-from .._chain_elements import Classifier, Element, FirstConvolution, FrozenSite, Site
+from .._chain_elements import Classifier, Convolution, Element, FrozenSite, Site
 from .._compat import is_plain_convolution
 from .._frozen import FrozenSeparable
-from .._structure import why_not_pointwise
-from .activations import activation_of_function, activation_of_module, arguments_of
+from .._padding import NO_PADS, Pads, pad_map
+from .activations import activation_of_function, activation_of_module, composed_hardswish
 from .analysis import is_block
-from .batch_norms import is_plain_batch_norm
+from .batch_norms import NotABatchNorm, is_batch_norm, read_batch_norm
 from .dropouts import call_passes_on, passes_on
+from .heads import head_behind, only_reader
 from .program import FusedSite
-from .sites import input_of
+from .sites import input_of, is_plain_pointwise, sum_of_pads, zero_pads
 
 #: A convolution of more channels has more patches than output; torch's own is the better one.
 _MOST_CHANNELS = 8
-_MEANS = {torch.mean, "mean"}
-_FLATTEN = {torch.flatten, "flatten"}
-_BOTH_DIRECTIONS = {(2, 3), (3, 2), (-2, -1), (-1, -2)}
-_RESHAPE = {torch.reshape, "reshape", "view"}
+_ADD = {operator.add, torch.add, "add"}
+_ADD_IN_PLACE = {operator.iadd, "add_"}
 
 #: What became of the sites of a frozen model, by depthwise convolution or block; ``None`` in a model that is fused.
 Frozen = dict[nn.Module, FrozenSeparable] | None
@@ -36,181 +35,234 @@ Frozen = dict[nn.Module, FrozenSeparable] | None
 Maker = Callable[[Frozen], Element]
 
 
+class Step(NamedTuple):
+    """One element of a run.
+
+    Attributes:
+        make: makes it.
+        nodes: what it covers; the last one gives its map.
+        names: the nodes that hand that map on as it is.
+        site: what stands for it in a dictionary of frozen sites, if it is one.
+        residual: the number of the map that is added to its own, or -1.
+    """
+
+    make: Maker
+    nodes: list[fx.Node]
+    names: list[fx.Node]
+    site: nn.Module | None = None
+    residual: int = -1
+
+
 class Run:
-    """The longest chain from ``start`` on: how to make its elements, and the nodes that they cover, in order."""
+    """The longest chain from ``start`` on; it may have no steps.
+
+    Map 0 is what the first step reads, map i what step i - 1 gives. All but these two are read by nobody else.
+    """
 
     def __init__(self, start: fx.Node, modules: dict[str, nn.Module]) -> None:
         self._modules = modules
-        self.makers: list[Maker] = []
-        self.nodes: list[fx.Node] = []
-        #: What stands for its sites in a dictionary of frozen ones.
-        self.site_keys: set[nn.Module] = set()
-        self._channels = 0  # of the last map
-        if self._take_site([start]) or self._take_first_convolution(start):
-            while self._take_site(path := self._path_from(self.nodes[-1])):
-                pass
-            self._take_classifier(path)
+        self.steps: list[Step] = []
+        self._numbers: dict[fx.Node, int] = {}  # of maps, by each of their names
+        self._reads_images = False
+        source = input_of(start)
+        if source is None or not (self._take_layer(start, source) or self._take_first_convolution(start)):
+            return
+        self._numbers[source] = 0
+        closed: list[Step] = []
+        while True:
+            if self._is_closed():
+                closed = list(self.steps)
+            if not self._extend():
+                break
+        self.steps = closed
 
-    def _take(self, make: Maker, nodes: list[fx.Node]) -> bool:
-        self.makers.append(make)
-        self.nodes += nodes
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """All that it covers, in their order."""
+        inner = [name for step in self.steps[:-1] for name in step.names]
+        return sorted([*inner, *(node for step in self.steps for node in step.nodes)])
+
+    @property
+    def last(self) -> fx.Node:
+        """The node that gives its output."""
+        return self.steps[-1].nodes[-1]
+
+    @property
+    def site_keys(self) -> set[nn.Module]:
+        """What stands for its sites in a dictionary of frozen ones."""
+        return {step.site for step in self.steps if step.site is not None}
+
+    def elements(self, frozen: Frozen) -> list[Element]:
+        """What it consists of."""
+        elements = [step.make(frozen) for step in self.steps]
+        for step, element in zip(self.steps[:-1], elements, strict=False):
+            element.modules = [*element.modules, *self._modules_of(step.names)]
+        return elements
+
+    def _is_closed(self) -> bool:
+        """Whether nobody else reads its inner maps, or may change its input before that is added to another map."""
+        nodes = self.nodes
+        covered = set(nodes)
+        if any(not covered.issuperset(node.users) for node in covered if node is not self.last):
+            return False
+        if not any(step.residual == 0 for step in self.steps):
+            return True
+        node = nodes[0]
+        while node is not nodes[-1]:
+            node = node.next
+            if node not in covered and node.op != "get_attr":
+                return False
         return True
+
+    def _extend(self) -> bool:
+        """Take the next step, or an addition to the last one, if there is one."""
+        step = self.steps[-1]
+        names = [step.nodes[-1], *step.names]
+        for reader in sorted({reader for name in names for reader in name.users if reader not in step.names}):
+            source = input_of(reader)
+            if source is not None and (self._take_addition(reader) or self._take_layer(reader, source)):
+                return True
+        head = head_behind(names[-1], self._channels, self._modules)
+        if head is None:
+            return False
+        classifier = Classifier(head.linear, head.is_map, self._modules_of(head.nodes))
+        return self._take(lambda frozen: classifier, head.nodes, 0)
+
+    def _take(self, make: Maker, nodes: list[fx.Node], channels: int, site: nn.Module | None = None) -> bool:
+        self._channels = channels
+        names = self._name([nodes[-1]])
+        self.steps.append(Step(make, nodes, names, site))
+        self._number(len(self.steps), nodes[-1], names)
+        return True
+
+    def _name(self, nodes: list[fx.Node]) -> list[fx.Node]:
+        """The nodes that hand on what ``nodes`` give."""
+        names: list[fx.Node] = []
+        for node in nodes:
+            names += [reader for reader in node.users if reader.all_input_nodes == [node] and self._passes_on(reader)]
+        return [*names, *self._name(names)] if names else []
+
+    def _number(self, number: int, node: fx.Node, names: list[fx.Node]) -> None:
+        self._numbers.update(dict.fromkeys([node, *names], number))
+
+    def _passes_on(self, node: fx.Node) -> bool:
+        module = self._module(node)
+        return call_passes_on(node) if module is None else passes_on(module)
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self._modules[node.target] if node.op == "call_module" else None
 
     def _modules_of(self, nodes: list[fx.Node]) -> list[nn.Module]:
-        return [module for node in nodes if (module := self._module(node)) is not None]
+        return modules_of(nodes, self._modules)
 
-    def _path_from(self, node: fx.Node) -> list[fx.Node]:
-        """The next node that does something with the map of ``node``, behind those that hand it on."""
-        path: list[fx.Node] = []
-        while (reader := _only_reader(node)) is not None:
-            path.append(reader)
-            module = self._module(reader)
-            if not (call_passes_on(reader) if module is None else passes_on(module)):
-                return path
-            node = reader
-        return []
-
-    def _take_site(self, path: list[fx.Node]) -> bool:
-        if not path:
+    def _take_addition(self, node: fx.Node) -> bool:
+        """``a + b`` of the last map and an earlier one, which becomes the last map."""
+        in_place = node.target in _ADD_IN_PLACE
+        step, own = self.steps[-1], len(self.steps)
+        if not (in_place or node.target in _ADD) or node.kwargs or len(node.args) != 2 or step.residual >= 0:
             return False
-        target, module = path[-1].target, self._module(path[-1])
+        numbers = [self._numbers.get(argument, -1) if isinstance(argument, fx.Node) else -1 for argument in node.args]
+        other = min(numbers)
+        # An input that is changed is not ours to keep, and one that is read as NCHW has no map to add.
+        if max(numbers) != own or other in (-1, own) or (other == 0 and (self._reads_images or in_place)):
+            return False
+        names = self._name([node])
+        self.steps[-1] = Step(step.make, [*step.nodes, *step.names, node], names, step.site, other)
+        self._number(own, node, names)
+        return True
+
+    def _take_layer(self, node: fx.Node, source: fx.Node) -> bool:
+        """A site, or a 1x1 convolution with what follows it."""
+        target, module = node.target, self._module(node)
+        if node.all_input_nodes != [source]:
+            return False
         if not isinstance(target, FusedSite) and (module is None or not is_block(module)):
-            return False
+            return is_plain_pointwise(module) and self._take_convolution([node], module, NO_PADS)
         if isinstance(target, FusedSite):
             site, key, separable, modules = target, target.dw, target.separable, target.modules
         else:
             parts = [part for part in (module.dw, module.bn1, module.pw, module.bn2) if part is not None]
             site, key, separable, modules = module, module, module._separable, [module, *parts]
-        self.site_keys.add(key)
-        self._channels = site.pw.out_channels
-        handed_on = self._modules_of(path[:-1])
 
         def make(frozen: Frozen) -> Element:
             if frozen is None:
-                return Site(separable, site, (site.dw, site.bn1, site.pw, site.bn2), [*handed_on, *modules])
-            return FrozenSite(frozen[key], [*handed_on, frozen[key]])
+                return Site(separable, site, (site.dw, site.bn1, site.pw, site.bn2), modules)
+            return FrozenSite(frozen[key], [frozen[key]])
 
-        return self._take(make, path)
+        return self._take(make, [node], site.pw.out_channels, key)
 
-    def _take_first_convolution(self, node: fx.Node) -> bool:
-        conv = self._module(node)
-        if not isinstance(conv, nn.Conv2d) or not _is_first_convolution(conv) or input_of(node) is None:
+    def _take_first_convolution(self, start: fx.Node) -> bool:
+        """A 3x3 convolution of few channels, behind nodes that put zeros around its map."""
+        nodes = [start]
+        while not isinstance(conv := self._module(nodes[-1]), nn.Conv2d):
+            reader = only_reader(nodes[-1])
+            if reader is None or not _may_pad(nodes[-1], conv):
+                return False
+            nodes.append(reader)
+        if not _is_first_convolution(conv):
             return False
-        nodes, bn, activation = [node], None, "none"
-        while activation == "none" and (reader := _only_reader(nodes[-1])) is not None:
+        pads: Pads | str = NO_PADS
+        for node in nodes[:-1]:
+            more = zero_pads(node, conv, self._modules)
+            if more is None or ("same" in (more, pads) and pads != NO_PADS):
+                return False
+            pads = sum_of_pads(pads, more)
+        self._reads_images = self._take_convolution(nodes, conv, pads)
+        return self._reads_images
+
+    def _take_convolution(self, nodes: list[fx.Node], conv: nn.Conv2d, pads: Pads | str) -> bool:
+        """``conv`` at the end of ``nodes``, and a BN and an activation behind it."""
+        bn: nn.Module | None = None
+        activation, carried, pending = "none", False, list(nodes)
+        nodes = list(nodes)
+        while activation == "none":
+            spelled_out = composed_hardswish(pending[-1], self._modules)
+            if spelled_out is not None:
+                nodes, activation = [*pending, *spelled_out], "hardswish"
+                break
+            reader = only_reader(pending[-1])
+            if reader is None:
+                break
+            pending.append(reader)
+            if self._passes_on(reader):
+                continue
             module = self._module(reader)
             if module is not None and "forward" in vars(module):
                 break
-            if bn is None and isinstance(module, nn.BatchNorm2d) and _is_fixed_norm(module):
-                bn = module
+            if bn is None and module is not None and is_batch_norm(module):
+                try:
+                    found = read_batch_norm(module)
+                except NotABatchNorm:
+                    break
+                if module.training or module.running_mean is None or module.num_features != conv.out_channels:
+                    break
+                bn, activation, carried = module, found, found != "none"
             else:
                 found = activation_of_function(reader) if module is None else activation_of_module(module)
                 if found is None:
                     break
                 activation = found
-            nodes.append(reader)
-        self._channels = conv.out_channels
-        return self._take(_always(FirstConvolution(conv, bn, activation, self._modules_of(nodes))), nodes)
-
-    def _take_classifier(self, path: list[fx.Node]) -> bool:
-        """Global average pool, flatten and linear layer, or a 1x1 convolution in the place of the last two."""
-        rank = None if not path else self._rank_of_pooled(path[-1])
-        if rank is None:
-            return False
-        nodes = list(path)
-        while True:
-            flatten = self._flatten_of(nodes[-1]) if rank == 4 else None
-            if flatten is not None:
-                nodes += flatten
-                rank = 2
-                continue
-            reader = _only_reader(nodes[-1])
-            if reader is None:
-                return False
-            nodes.append(reader)
-            module = self._module(reader)
-            if call_passes_on(reader) if module is None else passes_on(module):
-                continue
-            if rank == 2:
-                fits = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-            else:
-                fits = _is_plain_pointwise(module)
-            if not fits or "forward" in vars(module):
-                return False
-            return self._take(_always(Classifier(module, rank == 4, self._modules_of(nodes))), nodes)
-
-    def _rank_of_pooled(self, node: fx.Node) -> int | None:
-        """Dimensions of the output if ``node`` takes the mean of each map."""
-        module = self._module(node)
-        if module is not None:
-            pools = type(module).forward is nn.AdaptiveAvgPool2d.forward and "forward" not in vars(module)
-            return 4 if pools and module.output_size in (1, (1, 1)) else None
-        if node.target is F.adaptive_avg_pool2d:
-            return 4 if arguments_of(node, ("output_size",)).get("output_size") in (1, (1, 1), [1, 1]) else None
-        if node.target in _MEANS:
-            given = arguments_of(node, ("dim", "keepdim"))
-            dim = given.pop("dim", None)
-            keeps = given.pop("keepdim", False)
-            if not given and isinstance(dim, (tuple, list)) and tuple(dim) in _BOTH_DIRECTIONS:
-                return 4 if keeps is True else 2
-        return None
-
-    def _is_flatten(self, node: fx.Node) -> bool:
-        module = self._module(node)
-        if module is not None:
-            flattens = type(module).forward is nn.Flatten.forward and "forward" not in vars(module)
-            return flattens and (module.start_dim, module.end_dim) == (1, -1)
-        if node.target in _FLATTEN:
-            given = arguments_of(node, ("start_dim", "end_dim"))
-            return given.get("start_dim", 0) == 1 and given.get("end_dim", -1) == -1
-        if node.target in _RESHAPE:
-            return _shape_of(node) == (-1, self._channels)
-        return False
-
-    def _flatten_of(self, node: fx.Node) -> list[fx.Node] | None:
-        """The nodes that make ``[N, C]`` of ``[N, C, 1, 1]``, if they are all that reads ``node``."""
-        readers = list(node.users)
-        if len(readers) == 1:
-            return readers if _only_reader(node) is not None and self._is_flatten(readers[0]) else None
-        if len(readers) != 2:
-            return None
-        size, reshape = sorted(readers)  # x.view(x.size(0), -1), x.reshape(x.shape[0], -1)
-        sizes = [size]
-        if (
-            size.op == "call_function"
-            and size.target is getattr
-            and size.args[1:] == ("shape",)
-            and len(size.users) == 1
-        ):
-            sizes.append(next(iter(size.users)))
-            if sizes[-1].target is not operator.getitem or sizes[-1].args != (size, 0):
-                return None
-        elif size.target != "size" or size.args[1:] != (0,) or size.kwargs:
-            return None
-        if list(sizes[-1].users) != [reshape] or reshape.target not in _RESHAPE or reshape.kwargs:
-            return None
-        return [*sizes, reshape] if reshape.args[0] is node and _shape_of(reshape) == (sizes[-1], -1) else None
+            nodes = list(pending)
+        element = Convolution(conv, bn, activation, self._modules_of(nodes), pads, carried)
+        return self._take(lambda frozen: element, nodes, conv.out_channels)
 
 
-def _shape_of(reshape: fx.Node) -> tuple[Any, ...]:
-    """What a ``view`` or ``reshape`` was given, as a sequence or one by one."""
-    shape = reshape.args[1:]
-    return tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+def modules_of(nodes: list[fx.Node], modules: dict[str, nn.Module]) -> list[nn.Module]:
+    """The modules that ``nodes`` call, with those inside them."""
+    return [
+        part
+        for node in nodes
+        if node.op == "call_module"
+        for name, part in modules[node.target].named_modules()
+        if not name.startswith("parametrizations")
+    ]
 
 
-def _always(element: Element) -> Maker:
-    return lambda frozen: element
-
-
-def _only_reader(node: fx.Node) -> fx.Node | None:
-    """The node that reads ``node`` and no other one, if it is the only one that reads it."""
-    reader = next(iter(node.users)) if len(node.users) == 1 else None
-    if reader is None or reader.op == "output" or reader.all_input_nodes != [node] or input_of(reader) is not node:
-        return None
-    return reader
+def _may_pad(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether to look behind ``node`` for a convolution whose map it pads."""
+    if module is not None:
+        return type(module).forward is nn.ConstantPad2d.forward
+    return node.target in (F.pad, torch.constant_pad_nd, pad_map)
 
 
 def _is_first_convolution(conv: nn.Conv2d) -> bool:
@@ -223,11 +275,3 @@ def _is_first_convolution(conv: nn.Conv2d) -> bool:
         and conv.dilation[0] == conv.dilation[1]
         and conv.padding_mode == "zeros"
     )
-
-
-def _is_fixed_norm(bn: nn.BatchNorm2d) -> bool:
-    return is_plain_batch_norm(bn) and bn.running_mean is not None and bn.running_var is not None and not bn.training
-
-
-def _is_plain_pointwise(module: nn.Module | None) -> bool:
-    return module is not None and why_not_pointwise(module) is None and is_plain_convolution(module)

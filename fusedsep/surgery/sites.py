@@ -39,7 +39,7 @@ class Chain:
     @property
     def pre_pad(self) -> Pads | Literal["same"]:
         """All zeros around the map but those that ``padding`` of a plain convolution adds."""
-        return _sum_of_pads(self.pad_in_front, self.carried_pad)
+        return sum_of_pads(self.pad_in_front, self.carried_pad)
 
     def __str__(self) -> str:
         pad = "" if self.pre_pad == NO_PADS else "pad + "
@@ -102,6 +102,11 @@ def _overtaking(chains: list[Chain], graph: fx.Graph, modules: dict[str, nn.Modu
             return chain
         latest[bn] = turn
     return None
+
+
+def is_plain_pointwise(module: nn.Module | None) -> bool:
+    """Whether ``module`` is a 1x1 convolution and runs torch's own forward."""
+    return module is not None and why_not_pointwise(module) is None and is_plain_convolution(module)
 
 
 def why_not_fusable(conv: nn.Module) -> str | None:
@@ -215,27 +220,27 @@ def _absorb_padding(chain: Chain, conv: nn.Conv2d, modules: dict[str, nn.Module]
     current = input_of(chain.dw)
     while len(current.users) == 1 and (source := input_of(current)) is not None:
         passed_on.insert(0, current)
-        pads = _zero_pads(current, conv, modules)
+        pads = zero_pads(current, conv, modules)
         if pads is None:
             if not _passes_on(current, source, modules):
                 return
         elif "same" in (pads, chain.pre_pad) and chain.pre_pad != NO_PADS:
             return
         else:
-            chain.pad_in_front = _sum_of_pads(pads, chain.pad_in_front)
+            chain.pad_in_front = sum_of_pads(pads, chain.pad_in_front)
             chain.nodes[:0] = passed_on
             passed_on = []
         current = source
 
 
-def _sum_of_pads(a: Pads | Literal["same"], b: Pads | Literal["same"]) -> Pads | Literal["same"]:
+def sum_of_pads(a: Pads | Literal["same"], b: Pads | Literal["same"]) -> Pads | Literal["same"]:
     """Both together; ``"same"`` goes with no other padding."""
     if NO_PADS in (a, b):
         return a if b == NO_PADS else b
     return a + b
 
 
-def _zero_pads(node: fx.Node, conv: nn.Conv2d, modules: dict[str, nn.Module]) -> Pads | Literal["same"] | None:
+def zero_pads(node: fx.Node, conv: nn.Conv2d, modules: dict[str, nn.Module]) -> Pads | Literal["same"] | None:
     """The zeros that ``node`` puts around its map if it does nothing else."""
     if node.op == "call_module":
         module = modules[node.target]

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// What a 1x1 convolution alone needs around its product, in channels_last: the pixels of its map as row blocks
+// (layout-inl.h), and the sum with another map.
+#pragma once
+
+#include "layout-inl.h"
+#include "separable.h"
+
+namespace fusedsep {
+namespace {
+
+// Channels [channel_begin, channel_end) of the pixels of `tile`. Rows in the order of their use make the product faster
+// than rows in place, by more than this copy costs.
+template <class V>
+void pixels(const SeparableParams<typename V::T>& p, const Tile& tile, int64_t channel_begin, int64_t channel_end,
+            typename V::T* scratch) {
+  using T = typename V::T;
+  constexpr int L = V::kLanes;
+  const int64_t count = tile.end - tile.begin, blocks = block_count(count, Tiling<V>::kTileRows);
+  const T* const map = p.x + (tile.image * p.out_height * p.out_width + tile.begin) * p.in_channels;
+  const int64_t whole_end = channel_begin + (channel_end - channel_begin) / L * L;
+  const auto mask = V::mask(0, channel_end - whole_end);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const Block block = block_at(count, blocks, b);
+    T* const rows = scratch + block.begin * round_up(p.in_channels, L);
+    for (int64_t m = 0; m < block.size; ++m) {
+      const T* const x = map + (block.begin + m) * p.in_channels;
+      T* const out = rows + m * L;
+      for (int64_t c = channel_begin; c < whole_end; c += L) V::load(x + c).store(out + c * block.size);
+      if (whole_end < channel_end) V::load(x + whole_end, mask).store(out + whole_end * block.size);
+    }
+  }
+}
+
+// y += map, over `rows` rows of `count` elements.
+template <class V>
+void add_map(const typename V::T* map, typename V::T* y, int64_t rows, int64_t count, int64_t stride) {
+  constexpr int L = V::kLanes;
+  if (count == stride) {
+    count = stride = rows * count;
+    rows = 1;
+  }
+  const int64_t whole = count / L * L;
+  const auto mask = V::mask(0, count - whole);
+  for (int64_t i = 0; i < rows; ++i, map += stride, y += stride) {
+    for (int64_t k = 0; k < whole; k += L) V::add(V::load(map + k), V::load(y + k)).store(y + k);
+    if (whole < count) V::add(V::load(map + whole, mask), V::load(y + whole, mask)).store(y + whole, mask);
+  }
+}
+
+}  // namespace
+}  // namespace fusedsep

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The head of a classifier in a graph, however it is written: mean of each map, and a product of these."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import fx
+
+from .activations import arguments_of
+from .dropouts import call_passes_on, passes_on
+from .sites import input_of, is_plain_pointwise
+
+_MEANS = {torch.mean, "mean"}
+_FLATTEN = {torch.flatten, "flatten"}
+_BOTH_DIRECTIONS = {(2, 3), (3, 2), (-2, -1), (-1, -2)}
+_RESHAPE = {torch.reshape, "reshape", "view"}
+
+
+class Head:
+    """Global average pool, flatten and linear layer, or a 1x1 convolution in the place of the last two.
+
+    Args:
+        nodes: all of it; the first one reads the map.
+        linear: the layer at its end.
+        is_map: the output has four dimensions.
+    """
+
+    def __init__(self, nodes: list[fx.Node], linear: nn.Module, is_map: bool) -> None:
+        self.nodes, self.linear, self.is_map = nodes, linear, is_map
+
+
+def head_behind(node: fx.Node, channels: int, modules: dict[str, nn.Module]) -> Head | None:
+    """What the only reader of ``node``, a map of ``channels``, begins."""
+    return _Search(channels, modules).behind(node)
+
+
+class _Search:
+    def __init__(self, channels: int, modules: dict[str, nn.Module]) -> None:
+        self._channels = channels
+        self._modules = modules
+
+    def behind(self, node: fx.Node) -> Head | None:
+        pool = only_reader(node)
+        rank = None if pool is None else self._rank_of_pooled(pool)
+        if rank is None:
+            return None
+        nodes = [pool]
+        while True:
+            flatten = self._flatten_of(nodes[-1]) if rank == 4 else None
+            if flatten is not None:
+                nodes += flatten
+                rank = 2
+                continue
+            reader = only_reader(nodes[-1])
+            if reader is None:
+                return None
+            nodes.append(reader)
+            module = self._module(reader)
+            if call_passes_on(reader) if module is None else passes_on(module):
+                continue
+            if rank == 2:
+                fits = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+            else:
+                fits = is_plain_pointwise(module)
+            return Head(nodes, module, rank == 4) if fits and "forward" not in vars(module) else None
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self._modules[node.target] if node.op == "call_module" else None
+
+    def _rank_of_pooled(self, node: fx.Node) -> int | None:
+        """Dimensions of the output if ``node`` takes the mean of each map."""
+        module = self._module(node)
+        if module is not None:
+            pools = type(module).forward is nn.AdaptiveAvgPool2d.forward and "forward" not in vars(module)
+            return 4 if pools and module.output_size in (1, (1, 1)) else None
+        if node.target is F.adaptive_avg_pool2d:
+            return 4 if arguments_of(node, ("output_size",)).get("output_size") in (1, (1, 1), [1, 1]) else None
+        if node.target in _MEANS:
+            given = arguments_of(node, ("dim", "keepdim"))
+            dim = given.pop("dim", None)
+            keeps = given.pop("keepdim", False)
+            if not given and isinstance(dim, (tuple, list)) and tuple(dim) in _BOTH_DIRECTIONS:
+                return 4 if keeps is True else 2
+        return None
+
+    def _is_flatten(self, node: fx.Node) -> bool:
+        module = self._module(node)
+        if module is not None:
+            flattens = type(module).forward is nn.Flatten.forward and "forward" not in vars(module)
+            return flattens and (module.start_dim, module.end_dim) == (1, -1)
+        if node.target in _FLATTEN:
+            given = arguments_of(node, ("start_dim", "end_dim"))
+            return given.get("start_dim", 0) == 1 and given.get("end_dim", -1) == -1
+        if node.target in _RESHAPE:
+            return _shape_of(node) == (-1, self._channels)
+        return False
+
+    def _flatten_of(self, node: fx.Node) -> list[fx.Node] | None:
+        """The nodes that make ``[N, C]`` of ``[N, C, 1, 1]``, if they are all that reads ``node``."""
+        readers = list(node.users)
+        if len(readers) == 1:
+            return readers if only_reader(node) is not None and self._is_flatten(readers[0]) else None
+        if len(readers) != 2:
+            return None
+        size, reshape = sorted(readers)  # x.view(x.size(0), -1), x.reshape(x.shape[0], -1)
+        sizes = [size]
+        if (
+            size.op == "call_function"
+            and size.target is getattr
+            and size.args[1:] == ("shape",)
+            and len(size.users) == 1
+        ):
+            sizes.append(next(iter(size.users)))
+            if sizes[-1].target is not operator.getitem or sizes[-1].args != (size, 0):
+                return None
+        elif size.target != "size" or size.args[1:] != (0,) or size.kwargs:
+            return None
+        if list(sizes[-1].users) != [reshape] or reshape.target not in _RESHAPE or reshape.kwargs:
+            return None
+        return [*sizes, reshape] if reshape.args[0] is node and _shape_of(reshape) == (sizes[-1], -1) else None
+
+
+def _shape_of(reshape: fx.Node) -> tuple[Any, ...]:
+    """What a ``view`` or ``reshape`` was given, as a sequence or one by one."""
+    shape = reshape.args[1:]
+    return tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+
+
+def only_reader(node: fx.Node) -> fx.Node | None:
+    """The node that reads ``node`` and no other one, if it is the only one that reads it."""
+    reader = next(iter(node.users)) if len(node.users) == 1 else None
+    if reader is None or reader.op == "output" or reader.all_input_nodes != [node] or input_of(reader) is not node:
+        return None
+    return reader
