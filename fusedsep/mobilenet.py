@@ -15,6 +15,9 @@ from ._checks import check_positive_int
 from ._padding import PaddingArgument, pad_map, parse_padding, split_padding
 from .block import DepthwiseSeparableBlock
 
+# It is one call for FX where it is defined; each module that calls it by its name has to say so too.
+torch.fx.wrap("pad_map")
+
 #: Output channels of the first convolution at width 1.0; its stride is 2.
 FIRST_CHANNELS = 32
 

@@ -100,11 +100,11 @@ def test_every_benchmark_is_collected(tmp_path, script):
     done = run_from_elsewhere(tmp_path, "-m", "pytest", BENCHMARKS, "--collect-only", "-q", "-p", "no:cacheprovider")
     assert done.returncode == 0, done.stdout + done.stderr
     # Without torch.compile, four engines in inference and two in training, each in two formats; on a GPU five engines
-    # in two formats and two types.
+    # in two formats and two types, in inference and in training.
     count = 8 * (len(shapes.BLOCKS) + len(shapes.NETWORKS)) + 4 * len(shapes.BLOCKS)
     # Three engines of ours and of torch in two formats, and two others.
     count += 8 * len(shapes.PEER_NETWORKS)
-    count += 20 * len(shapes.mobilenet_v1(1.0, 224))
+    count += 2 * 20 * len(shapes.mobilenet_v1(1.0, 224))
     assert f"{count} tests collected" in done.stdout
 
 

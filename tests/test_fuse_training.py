@@ -35,22 +35,22 @@ TOLERANCE = {"functional hardsigmoid": 1e-7}
 
 
 @pytest.mark.parametrize("name", FUSABLE)
-def test_steps_of_sgd(name, kernel_calls, training_calls, backward_calls):
+def test_steps_of_sgd(name, site_calls, training_calls, backward_calls):
     model, x, sites = build(FUSABLE[name])
     model, x = model.double().train(), x.double()
     fused = fusedsep.fuse(model)
     ours = train(fused, x)
     if name in DROPPING:
-        assert not training_calls + kernel_calls
+        assert not training_calls + site_calls
     else:  # without any BN, the two modes are one
-        assert len(training_calls) + len(kernel_calls) >= 3 * sites
+        assert len(training_calls) + len(site_calls) >= 3 * sites
         assert len(backward_calls) >= 3 * sites
     assert_same(ours, train(model, x), TOLERANCE.get(name, 1e-9))
-    kernel_calls.clear()
+    site_calls.clear()
     with torch.no_grad():
         ours, theirs = tensors_of(fused.eval()(x)), tensors_of(model.eval()(x))
         assert_same(ours, theirs)
-        assert len(kernel_calls) >= sites
+        assert len(site_calls) >= sites
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])

@@ -13,17 +13,19 @@ import torch
 import torch.nn as nn
 
 from .. import _ops
-from .._chain import Classifier, FirstConvolution, LayerChain
+from .._chain import LayerChain
+from .._chain_elements import Classifier, Convolution, tensors_at
 from .._frozen import FrozenSeparable
 from ._limits import Limits
 from ._measure import Times, time_interleaved
 
-SEPARABLE, FIRST, CLASSIFIER, OTHER = "depthwise-separable", "first convolution", "classifier", "other"
+SEPARABLE, FIRST, POINTWISE, CLASSIFIER = "depthwise-separable", "first convolution", "1x1 convolution", "classifier"
+OTHER = "other"
 
 
 @dataclass(frozen=True)
 class Part:
-    """A site, a first convolution or a classifier.
+    """A site, a first convolution, a 1x1 convolution or a classifier.
 
     Attributes:
         kind: one of the above.
@@ -57,8 +59,8 @@ def parts_of(frozen: nn.Module, x: torch.Tensor) -> list[Part]:
         torch.inference_mode(),
         mock.patch.object(LayerChain, "_run", lambda chain, x: None),  # layer by layer
         mock.patch.object(FrozenSeparable, "forward", noting(FrozenSeparable.forward, _site)),
-        mock.patch.object(FirstConvolution, "__call__", noting(FirstConvolution.__call__, _end)),
-        mock.patch.object(Classifier, "__call__", noting(Classifier.__call__, _end)),
+        mock.patch.object(Convolution, "__call__", noting(Convolution.__call__, _layer)),
+        mock.patch.object(Classifier, "__call__", noting(Classifier.__call__, _layer)),
     ):
         frozen(x)
     return parts
@@ -126,15 +128,15 @@ def _site(index: int, site: FrozenSeparable, x: torch.Tensor, y: torch.Tensor) -
     )
 
 
-def _end(index: int, layer: FirstConvolution | Classifier, x: torch.Tensor, y: torch.Tensor) -> Part:
-    nchw = isinstance(layer, FirstConvolution) and not x.is_contiguous(memory_format=torch.channels_last)
+def _layer(index: int, layer: Convolution | Classifier, x: torch.Tensor, y: torch.Tensor) -> Part:
+    kind = CLASSIFIER if isinstance(layer, Classifier) else POINTWISE if layer.is_pointwise else FIRST
+    nchw = kind == FIRST and not x.is_contiguous(memory_format=torch.channels_last)
     numbers, _, _ = layer.layer(*x.shape[-2:], nchw)
     if not nchw:
         x = x.contiguous(memory_format=torch.channels_last)
-    weights = [tensor for tensor in layer.tensors() if tensor is not None]
-    name, kind = ("first convolution", FIRST) if isinstance(layer, FirstConvolution) else ("classifier", CLASSIFIER)
+    weights = [tensor for tensor in tensors_at(layer.places()) if tensor is not None]
     return Part(
-        f"{index}: {name}, {x.shape[-2]}x{x.shape[-1]}",
+        f"{index}: {kind}, {x.shape[-2]}x{x.shape[-1]}",
         kind,
         weights[0].numel() * (y.numel() // weights[0].shape[0]),
         _nbytes(x, y, *weights),
