@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     new = dict(old)
     documents = [json.loads(path.read_text()) for path in arguments.results]
     for subject in dict.fromkeys(document["subject"] for document in documents):
-        tables = [render(document) for document in documents if document["subject"] == subject]
+        own = [document for document in documents if document["subject"] == subject]
+        tables = [render(document) for document in sorted(own, key=lambda document: document["machine"]["threads"])]
         # Where no file has the markers, the first one is named in the error.
         path = next((path for path in new if f"<!-- {subject}:begin -->" in new[path]), arguments.markdown[0])
         new[path] = replace_region(new[path], subject, "\n".join(tables))

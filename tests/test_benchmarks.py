@@ -371,6 +371,18 @@ def test_report_of_parts(script, tmp_path):
     assert f"| 1: 8 -> 16, 16x16 | 0.102 | {4 * (24 * 256 + 9 * 8 + 8 + 8 * 16 + 16) / 1024:#.3g} |" in text
 
 
+def test_report_begins_with_fewer_threads(script, files):
+    """Whatever the files are called: ``blocks-2threads.json`` comes before ``blocks.json``."""
+    readme, results = files
+    two_threads = document()
+    two_threads["machine"]["threads"] = 2
+    other = results.with_name("a.json")
+    other.write_text(json.dumps(two_threads))
+    script("report").main([str(readme), str(other), str(results)])
+    text = readme.read_text()
+    assert 0 < text.index(", 1 thread,") < text.index(", 2 threads,")
+
+
 def test_report_check(script, files, capsys):
     report, (readme, results) = script("report"), files
     arguments = [str(readme), str(results)]
