@@ -12,6 +12,7 @@ import platform
 import shlex
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
@@ -96,6 +97,14 @@ def main() -> None:
     except RuntimeError as error:
         stop(str(error))
 
+    class BuildLibraries(build_clib):
+        """Compiles the ISAs side by side."""
+
+        def build_libraries(self, libraries: list[tuple[str, dict]]) -> None:
+            build = super().build_libraries
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(lambda library: build([library]), libraries))
+
     class BuildFusedsep(build_extension):
         """Builds the kernels first, also for in-place builds, and writes down how they were built."""
 
@@ -130,7 +139,7 @@ def main() -> None:
     setup(
         libraries=libraries(machine),
         ext_modules=extensions,
-        cmdclass={"build_clib": build_clib, "build_ext": BuildFusedsep},
+        cmdclass={"build_clib": BuildLibraries, "build_ext": BuildFusedsep},
     )
 
 
