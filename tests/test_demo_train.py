@@ -115,6 +115,7 @@ def test_digits_are_read():
         (csv([0, 1, 2]), "784 grey values and a label from 0 to 9, got 3"),
         (csv([0] * 784 + [10]), "a label from 0 to 9"),
     ],
+    ids=["no gzip", "no numbers", "few numbers", "no digit"],  # compressed bytes hold the time
 )
 def test_other_bytes_are_refused(data, message):
     with pytest.raises(DigitsError, match=message):
