@@ -7,6 +7,9 @@ import importlib.util
 import os
 import sys
 
+# Before torch loads OpenMP: threads that wait for work leave their core to the other processes of a run.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 from build_files import setup_cuda
