@@ -20,6 +20,7 @@ from training_reference import (
     outcome_of_torch,
     run,
     settings,
+    shared_arguments,
 )
 
 from fusedsep import _ops
@@ -46,7 +47,7 @@ def test_every_shape(isa, case, dtype):
     if case in LARGE:
         distance = min(distance, 3e-7)
     # Fewer numbers near a kink are found where there are more numbers.
-    given = arguments(case, distance=min(distance, 1.0 / (40 * torch.Size(case.out_shape).numel())))
+    given = shared_arguments(case, distance=min(distance, 1.0 / (40 * torch.Size(case.out_shape).numel())))
     assert_formats_near(given, dtype, formats=(False, True))
 
 
@@ -55,7 +56,7 @@ def test_every_shape(isa, case, dtype):
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_every_mixture_of_batch_norms(isa, modes, bias, channels_last):
     case = Case(9, 17, 7, 9, 2, batch=2, activation="hardswish", pointwise_activation="relu6")
-    given = arguments(case, modes, bias, seed=3)
+    given = shared_arguments(case, modes, bias, seed=3)
     expected = outcome_of_torch(given)
     for run_them in (outcome, outcome_of_passes):
         for ours, exact in zip(run_them(given, torch.double, channels_last), expected, strict=True):
@@ -66,7 +67,7 @@ def test_every_mixture_of_batch_norms(isa, modes, bias, channels_last):
 @pytest.mark.parametrize("mean", [1e3, -1e3])
 def test_a_large_mean_does_not_cancel(isa, mean, channels_last):
     case = Case(12, 20, 30, 31, batch=2, pads=(0, 0, 0, 0), activation="none", pointwise_activation="none")
-    given = arguments(case, mean=mean)
+    given = shared_arguments(case, mean=mean)
     assert_formats_near(given, torch.float32, [channels_last])
 
 
@@ -95,7 +96,7 @@ def assert_bits_equal(ours, theirs):
 @FORMATS
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_bits_do_not_depend_on_threads_or_run(isa, case, channels_last):
-    given = arguments(case, distance=0)
+    given = shared_arguments(case, distance=0)
     torch.set_num_threads(1)
     expected = list(itertools.chain(*run(given, torch.float32, channels_last)))
     for threads in (1, 2, 3, 5):

@@ -7,6 +7,7 @@ that there is.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -76,6 +77,10 @@ def arguments(case: Case, modes=(2, 2), bias=False, seed=0, mean=0.0, distance=1
         if _distance_from_kinks(given) > distance:
             return given
     raise AssertionError(f"no arguments away from the kinks of {case}")
+
+
+#: The same for tests that run once for each ISA and leave the tensors alone: found once.
+shared_arguments = functools.cache(arguments)
 
 
 def _forward(given: Arguments, x, operands, rounding=lambda x: x):
@@ -168,11 +173,17 @@ def inherent_errors(given: Arguments, dtype, expected: list[torch.Tensor]) -> li
     return largest
 
 
-def assert_near(given: Arguments, dtype, *actual: list[torch.Tensor], factor=FACTOR_TO_TORCH) -> None:
-    """Each outcome is at most ``factor`` times as far off as unfused torch, plus a few times what rounding does."""
+@functools.cache
+def _references(given: Arguments, dtype) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]]:
+    """In float64, by unfused torch in ``dtype``, and inherent errors; once for tensors that are the same objects."""
     expected = outcome_of_torch(given)
     unfused = expected if dtype == torch.float64 else outcome_of_torch(given, dtype)
-    inherent = inherent_errors(given, dtype, expected)
+    return expected, unfused, inherent_errors(given, dtype, expected)
+
+
+def assert_near(given: Arguments, dtype, *actual: list[torch.Tensor], factor=FACTOR_TO_TORCH) -> None:
+    """Each outcome is at most ``factor`` times as far off as unfused torch, plus a few times what rounding does."""
+    expected, unfused, inherent = _references(given, dtype)
     # Chains of sums round up to sixteen times; and the float64 reference has an error of its own.
     roundings = 64 if dtype == torch.float64 else 8
     for results in actual:
