@@ -80,6 +80,9 @@ def render(document: dict[str, Any]) -> str:
     if document["subject"] == "parts":
         return _render_parts(document)
     results, machine = document["results"], document["machine"]
+    if document["subject"] == "training-networks":
+        lines = [f"**Training steps** on {machine_line(machine)}.", "", *_table(results, machine, with_network=True)]
+        return "\n".join([*lines, "", _legend(document), ""])
     first = [result for result in results if result["network"] == results[0]["network"]]
     others = [result for result in results if result not in first]
     lines = [f"**{first[0]['network']}** on {machine_line(machine)}.", "", *_table(first, machine), ""]

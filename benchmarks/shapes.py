@@ -74,5 +74,11 @@ PEER_NETWORKS = [
     *((width, 224, 8) for width in (1.0, 0.75, 0.5, 0.25)),
 ]
 
-#: The same, for a training step.
-TRAINING_NETWORKS = [(1.0, 224, 8), (0.5, 128, 16), (1.0, 32, 32)]
+#: Network, width multiplier, resolution and batch of a training step.
+TRAINING_NETWORKS = [
+    ("MobileNetV1", 1.0, 224, 8),
+    ("MobileNetV1", 0.5, 128, 16),
+    ("MobileNetV1", 1.0, 32, 32),
+    ("MobileNetV2", 1.0, 224, 8),
+    ("MobileNetV2", 1.0, 96, 32),
+]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from mobilenet_v2 import MobileNetV2
 from shapes import Shape
 from subjects import ENGINES, Answer, Engines, Subject, Variant, block_and_input, compiled, network_and_input
 
@@ -102,10 +103,12 @@ def block(shape: Shape, batch: int) -> TrainingBlock:
     return TrainingBlock(shape.network, shape.name, module, x, torch.randn(batch, shape.out_channels, size, size))
 
 
-def network(width: float, resolution: int, batch: int) -> TrainingNetwork:
+def network(name: str, width: float, resolution: int, batch: int) -> TrainingNetwork:
     module, images = network_and_input(width, resolution, batch)
+    if name == "MobileNetV2":
+        module = MobileNetV2()
     labels = torch.randint(1000, (batch,))
-    return TrainingNetwork("MobileNetV1", f"{width}-{resolution}, batch {batch}", module, images, labels)
+    return TrainingNetwork(name, f"{width}-{resolution}, batch {batch}", module, images, labels)
 
 
 def _leave_kinks(norm: nn.BatchNorm2d, _: Any, output: torch.Tensor) -> torch.Tensor:

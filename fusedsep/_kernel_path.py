@@ -8,7 +8,7 @@ run at every call, so they are ordered by what fails most often and written for 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn as nn
@@ -18,15 +18,18 @@ from . import _C, _compat, _cuda, _ops, _sync, _training
 from ._activations import ACTIVATION_CODES
 from ._checks import check_values_per_channel, checked_pads
 from ._fold import scale_and_shift_tensors
-from ._ops import BATCH_STATISTICS, FIXED_STATISTICS, NO_NORM, Operands, Settings
+from ._ops import BATCH_STATISTICS, FIXED_STATISTICS, NO_NORM, Operands, PointwiseOperands, Settings
 from ._padding import NO_PADS, Pads, convolution_pads
 
 if TYPE_CHECKING:
+    from ._pointwise import PointwiseConv
     from ._separable import SeparableConv
     from .functional import BatchNorm
 
 #: Depthwise convolution, its BN, pointwise convolution, its BN.
 Modules = tuple[nn.Conv2d, _BatchNorm | None, nn.Conv2d, _BatchNorm | None]
+
+AnyOperands = TypeVar("AnyOperands", Operands, PointwiseOperands)
 
 _DTYPES = (torch.float32, torch.float64)
 _TENSOR_TYPES = (torch.Tensor, nn.Parameter)
@@ -69,8 +72,8 @@ def covered_tensors(
         and (_compat.is_plain_convolution(dw) or _pads_itself(site, dw))
         and _compat.is_plain_convolution(pw)
         and not (_compat.has_hooks(dw) or _compat.has_hooks(pw))
-        and (bn1 is None or _covers_norm(site, bn1))
-        and (bn2 is None or _covers_norm(site, bn2))
+        and (bn1 is None or covers_norm(site, bn1))
+        and (bn2 is None or covers_norm(site, bn2))
         and (x.numel() > 0 or _covers_empty_batch(bn1, bn2))
         and not _compat.has_global_hooks()
     ):
@@ -175,7 +178,8 @@ def _pads_itself(site: SeparableConv, dw: nn.Conv2d) -> bool:
     return type(dw) is site.self_padding_class and not _compat.is_patched_convolution(dw)
 
 
-def _covers_norm(site: SeparableConv, bn: _BatchNorm) -> bool:
+def covers_norm(site: SeparableConv | PointwiseConv, bn: _BatchNorm) -> bool:
+    """Whether ``bn`` runs nothing but the batch normalization that ``site`` knows, in the mode that it is in."""
     if uses_batch_statistics(bn):
         covered = type(bn).forward in site.training_norm_forwards
     else:
@@ -199,8 +203,8 @@ def run(site: SeparableConv, x: torch.Tensor, operands: Operands, modules: Modul
     stride, dilation = dw.stride[0], dw.dilation[0]
     pads = checked_pads(site.pre_pad, own_pads(site, dw), stride, dilation, *x.shape[-2:])
     x, channels_last, unbatched = dense(x)
-    bn1_mode, bn1_eps = _mode_and_eps(bn1)
-    bn2_mode, bn2_eps = _mode_and_eps(bn2)
+    bn1_mode, bn1_eps = mode_and_eps(bn1)
+    bn2_mode, bn2_eps = mode_and_eps(bn2)
     settings = Settings(
         bn1_mode,
         bn1_eps,
@@ -221,7 +225,7 @@ def run(site: SeparableConv, x: torch.Tensor, operands: Operands, modules: Modul
         else:
             y = _sync.run(x, operands, settings, groups, *followers)
     else:
-        operands = _contiguous(operands)
+        operands = contiguous(operands)
         if not wants_gradient(x, operands):
             y = _run_packed(site, x, operands, settings, modules)
         elif torch.compiler.is_compiling():
@@ -231,16 +235,18 @@ def run(site: SeparableConv, x: torch.Tensor, operands: Operands, modules: Modul
     return y.squeeze(0) if unbatched else y
 
 
-def _mode_and_eps(bn: _BatchNorm | None) -> tuple[int, float]:
+def mode_and_eps(bn: _BatchNorm | None) -> tuple[int, float]:
+    """As the training operators take them."""
     if bn is None:
         return NO_NORM, 0.0
     return BATCH_STATISTICS if uses_batch_statistics(bn) else FIXED_STATISTICS, bn.eps
 
 
-def _contiguous(operands: Operands) -> Operands:
+def contiguous(operands: AnyOperands) -> AnyOperands:
+    """The same tensors without gaps between their numbers."""
     if all([tensor is None or tensor.is_contiguous() for tensor in operands]):  # a generator costs more
         return operands
-    return Operands(*(None if tensor is None else tensor.contiguous() for tensor in operands))
+    return type(operands)(*(None if tensor is None else tensor.contiguous() for tensor in operands))
 
 
 def run_training(
@@ -266,7 +272,7 @@ def run_training(
     # What the batch takes the place of must not reach autograd, which would find it changed by this step.
     operands = operands._replace(**_WITHOUT_STATISTICS1) if trains1 else operands
     operands = operands._replace(**_WITHOUT_STATISTICS2) if trains2 else operands
-    y, _, mean1, var1, mean2, var2, _ = _ops.separable_conv2d_training(x, *_contiguous(operands), *settings)
+    y, _, mean1, var1, mean2, var2, _ = _ops.separable_conv2d_training(x, *contiguous(operands), *settings)
     values_per_channel = y.shape[0] * y.shape[2] * y.shape[3]
     if bn1 is not None:
         _training.update_running_statistics(bn1, mean1, var1, values_per_channel)

@@ -16,6 +16,8 @@ separable_conv2d = torch.ops.fusedsep.separable_conv2d.default
 chain = torch.ops.fusedsep.chain.default
 separable_conv2d_training = torch.ops.fusedsep.separable_conv2d_training.default
 separable_conv2d_training_backward = torch.ops.fusedsep.separable_conv2d_training_backward.default
+pointwise_conv2d_training = torch.ops.fusedsep.pointwise_conv2d_training.default
+pointwise_conv2d_training_backward = torch.ops.fusedsep.pointwise_conv2d_training_backward.default
 depthwise_statistics = torch.ops.fusedsep.depthwise_statistics.default
 separable_products = torch.ops.fusedsep.separable_products.default
 normalize = torch.ops.fusedsep.normalize.default
@@ -47,8 +49,28 @@ class ChainLayer(NamedTuple):
     residual: int = -1
 
 
+class PointwiseOperands(NamedTuple):
+    """The tensors of the training operators of a pointwise convolution besides the map, in their order."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    bn_weight: torch.Tensor | None
+    bn_bias: torch.Tensor | None
+    bn_mean: torch.Tensor | None
+    bn_var: torch.Tensor | None
+
+
+class PointwiseSettings(NamedTuple):
+    """The arguments of the same that are no tensors, in their order."""
+
+    bn_mode: int
+    bn_eps: float
+    activation: int
+    channels_last: bool
+
+
 class Operands(NamedTuple):
-    """The tensors of the training operators besides the map, in their order."""
+    """The tensors of the training operators of a separable convolution besides the map, in their order."""
 
     dw_weight: torch.Tensor
     dw_bias: torch.Tensor | None
@@ -63,9 +85,13 @@ class Operands(NamedTuple):
     bn2_mean: torch.Tensor | None
     bn2_var: torch.Tensor | None
 
+    def pointwise(self) -> PointwiseOperands:
+        """Those of the pointwise convolution."""
+        return PointwiseOperands(*self[-len(PointwiseOperands._fields) :])
+
 
 class Settings(NamedTuple):
-    """The arguments of the training operators that are no tensors, in their order."""
+    """The arguments of the same that are no tensors, in their order."""
 
     bn1_mode: int
     bn1_eps: float
@@ -80,6 +106,10 @@ class Settings(NamedTuple):
     activation: int
     pointwise_activation: int
     channels_last: bool
+
+    def pointwise(self) -> PointwiseSettings:
+        """Those of the pointwise convolution."""
+        return PointwiseSettings(self.bn2_mode, self.bn2_eps, self.pointwise_activation, self.channels_last)
 
 
 def statistics_dtype(x: torch.Tensor) -> torch.dtype:
@@ -139,8 +169,7 @@ def _(x, *operands_and_settings):  # type: ignore[no-untyped-def]
         size = channels if mode == BATCH_STATISTICS else 0
         statistics += [x.new_empty(size, dtype=dtype), x.new_empty(size, dtype=dtype)]
     y = _map(x, out_channels, *settings[4:10], settings.channels_last)
-    # The product is in the format that the kernels run in: on a CPU as csrc/bindings/training_checks.h says.
-    p = _map(x, out_channels, *settings[4:10], settings.channels_last or (not x.is_cuda and x.shape[3] < 32))
+    p = _map(x, out_channels, *settings[4:10], _runs_channels_last(x, settings.channels_last))
     return y, p, *statistics, x.new_empty((4, out_channels), dtype=dtype)
 
 
@@ -152,6 +181,26 @@ def _(grad_y, x, x_normalization, p, *operands_settings_and_wanted):  # type: ig
     grads = [_dense(x, *x.shape, settings.channels_last) if wanted & 1 else x.new_empty(0)]
     shapes = [(in_channels, 1, 3, 3), *3 * [(in_channels,)], (out_channels, in_channels, 1, 1), *3 * [(out_channels,)]]
     for bit, shape in enumerate(shapes, 1):
+        grads.append(x.new_empty(shape if wanted >> bit & 1 else 0))
+    return tuple(grads)
+
+
+@torch.library.register_fake("fusedsep::pointwise_conv2d_training")
+def _(x, weight, *others):  # type: ignore[no-untyped-def]
+    settings = PointwiseSettings(*others[-len(PointwiseSettings._fields) :])
+    batch, _, height, width = x.shape
+    channels = weight.shape[0]
+    y = _dense(x, batch, channels, height, width, settings.channels_last)
+    p = _dense(x, batch, channels, height, width, _runs_channels_last(x, settings.channels_last))
+    size = channels if settings.bn_mode == BATCH_STATISTICS else 0
+    return y, p, x.new_empty(size), x.new_empty(size), x.new_empty((4, channels))
+
+
+@torch.library.register_fake("fusedsep::pointwise_conv2d_training_backward")
+def _(grad_y, x, x_normalization, p, weight, *others):  # type: ignore[no-untyped-def]
+    *_, channels_last, wanted = others
+    grads = [_dense(x, *x.shape, channels_last) if wanted & 1 else x.new_empty(0)]
+    for bit, shape in enumerate([weight.shape, *3 * [weight.shape[:1]]], 1):
         grads.append(x.new_empty(shape if wanted >> bit & 1 else 0))
     return tuple(grads)
 
@@ -191,6 +240,11 @@ def _(g1, x, dw_weight, affine1, correction1, *settings):  # type: ignore[no-unt
     *_, channels_last, want_x, want_weight = settings
     grad_x = _dense(x, *x.shape, channels_last) if want_x else x.new_empty(0)
     return grad_x, x.new_empty(dw_weight.shape if want_weight else 0)
+
+
+def _runs_channels_last(x, channels_last):  # type: ignore[no-untyped-def]
+    """Whether the product is channels_last: on a CPU as csrc/bindings/training_checks.h says."""
+    return channels_last or (not x.is_cuda and x.shape[3] < 32)
 
 
 def _map(x, channels, stride, dilation, pad_left, pad_right, pad_top, pad_bottom, channels_last):  # type: ignore[no-untyped-def]

@@ -8,7 +8,7 @@ in a compiled graph or in C++, gets right gradients or an error.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,33 +16,45 @@ from torch.autograd import forward_ad
 
 from . import _compat, _kept_input, _ops
 from ._activations import ACTIVATION_NAMES, apply_activation
-from ._ops import BATCH_STATISTICS, FIXED_STATISTICS, NO_NORM, Operands, Settings
+from ._ops import BATCH_STATISTICS, FIXED_STATISTICS, NO_NORM, Operands, PointwiseOperands, PointwiseSettings, Settings
 
-_TENSORS = 1 + len(Operands._fields)  # arguments of the training operator that are the map or an operand
-#: Which of them the gradients of the backward operator belong to, in the order of its results.
-_DIFFERENTIABLE = (0, *(1 + i for i, name in enumerate(Operands._fields) if not name.endswith(("_mean", "_var"))))
-
-_forward_operator = _ops.separable_conv2d_training
+#: The tensors, and the rest of the arguments, of either training operator.
+AnyOperands = Operands | PointwiseOperands
+AnySettings = Settings | PointwiseSettings
 
 
 # ----------------------------------------------------------------------------------------------------------- composite
 
 
-def composite(x: torch.Tensor, operands: Operands, settings: Settings) -> torch.Tensor:
-    """``y`` of the training operator through ATen, which knows every derivative of it."""
-    return _composite_maps(x, operands, settings)[0]
+class _Maps(NamedTuple):
+    """What an operator computes on the way: ``normalized`` has the input of each BN, biases added."""
+
+    y: torch.Tensor
+    product: torch.Tensor
+    normalized: tuple[torch.Tensor, ...]
 
 
-def _composite_maps(x: torch.Tensor, operands: Operands, settings: Settings) -> tuple[torch.Tensor, ...]:
-    """The output, and what is normalized on the way to it: the depthwise map, the pointwise one, that with bias."""
+def composite(x: torch.Tensor, operands: AnyOperands, settings: AnySettings) -> torch.Tensor:
+    """``y`` of a training operator through ATen, which knows every derivative of it."""
+    return _OPERATORS[type(settings)].maps(x, operands, settings).y
+
+
+def _separable_maps(x: torch.Tensor, operands: Operands, settings: Settings) -> _Maps:
     t, s = operands, settings
     padded = F.pad(x, (s.pad_left, s.pad_right, s.pad_top, s.pad_bottom))
     depthwise = F.conv2d(padded, t.dw_weight, t.dw_bias, s.stride, 0, s.dilation, groups=t.dw_weight.shape[0])
     h = _composite_norm(depthwise, s.bn1_mode, t.bn1_mean, t.bn1_var, t.bn1_weight, t.bn1_bias, s.bn1_eps)
-    product = F.conv2d(apply_activation(ACTIVATION_NAMES[s.activation], h), t.pw_weight)
-    pointwise = product if t.pw_bias is None else product + t.pw_bias.view(-1, 1, 1)
-    y = _composite_norm(pointwise, s.bn2_mode, t.bn2_mean, t.bn2_var, t.bn2_weight, t.bn2_bias, s.bn2_eps)
-    return apply_activation(ACTIVATION_NAMES[s.pointwise_activation], y), depthwise, product, pointwise
+    h = apply_activation(ACTIVATION_NAMES[s.activation], h)
+    maps = _pointwise_maps(h, operands.pointwise(), settings.pointwise())
+    return maps._replace(normalized=(depthwise, *maps.normalized))
+
+
+def _pointwise_maps(x: torch.Tensor, operands: PointwiseOperands, settings: PointwiseSettings) -> _Maps:
+    t, s = operands, settings
+    product = F.conv2d(x, t.weight)
+    pointwise = product if t.bias is None else product + t.bias.view(-1, 1, 1)
+    y = _composite_norm(pointwise, s.bn_mode, t.bn_mean, t.bn_var, t.bn_weight, t.bn_bias, s.bn_eps)
+    return _Maps(apply_activation(ACTIVATION_NAMES[s.activation], y), product, (pointwise,))
 
 
 def _composite_norm(
@@ -61,89 +73,178 @@ def _composite_norm(
     return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
 
 
-def _composite_outputs(x: torch.Tensor, operands: Operands, settings: Settings) -> tuple[torch.Tensor, ...]:
-    """All that the training operator returns; ``y`` alone has derivatives."""
-    y, depthwise, product, pointwise = _composite_maps(x, operands, settings)
+def _composite_outputs(x: torch.Tensor, operands: AnyOperands, settings: AnySettings) -> tuple[torch.Tensor, ...]:
+    """All that a training operator returns; ``y`` alone has derivatives."""
+    operator = _OPERATORS[type(settings)]
+    y, product, normalized = operator.maps(x, operands, settings)
     outputs = [y, product.detach().clone()]  # a clone, since without BN and activation the product is y
     dtype = _ops.statistics_dtype(x)
-    for mode, value in ((settings.bn1_mode, depthwise), (settings.bn2_mode, pointwise)):
-        if mode == BATCH_STATISTICS:
+    for bn, value in zip(operator.norms, normalized, strict=True):
+        if getattr(settings, f"{bn}_mode") == BATCH_STATISTICS:
             var, mean = torch.var_mean(value.detach().to(dtype), (0, 2, 3), correction=0)
             outputs += [mean, var]
         else:
             outputs += [x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)]
-    return *outputs, _composite_normalization(product.detach(), *outputs[4:], operands, settings)
+    if isinstance(operands, Operands):
+        operands, settings = operands.pointwise(), settings.pointwise()
+    return *outputs, _composite_normalization(product.detach(), *outputs[-2:], operands, settings)
 
 
 def _composite_normalization(
-    p: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, operands: Operands, settings: Settings
+    p: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    operands: PointwiseOperands,
+    settings: PointwiseSettings,
 ) -> torch.Tensor:
     """What makes ``y`` of ``p``, as :mod:`fusedsep._kept_input` says it."""
     t = operands
-    if settings.bn2_mode == FIXED_STATISTICS:
-        mean, var = t.bn2_mean, t.bn2_var
+    if settings.bn_mode == FIXED_STATISTICS:
+        mean, var = t.bn_mean, t.bn_var
     zeros = p.new_zeros(p.shape[1])
     center, scale, shift = zeros, zeros + 1, zeros
-    if settings.bn2_mode != NO_NORM:
-        center, scale = mean, torch.rsqrt(var.double() + settings.bn2_eps).to(p.dtype)
-        scale = scale if t.bn2_weight is None else scale * t.bn2_weight
-        shift = zeros if t.bn2_bias is None else t.bn2_bias
-    if t.pw_bias is not None:
-        center = center - t.pw_bias
-    rows = torch.stack([center, scale, shift, zeros + settings.pointwise_activation])
+    if settings.bn_mode != NO_NORM:
+        center, scale = mean, torch.rsqrt(var.double() + settings.bn_eps).to(p.dtype)
+        scale = scale if t.bn_weight is None else scale * t.bn_weight
+        shift = zeros if t.bn_bias is None else t.bn_bias
+    if t.bias is not None:
+        center = center - t.bias
+    rows = torch.stack([center, scale, shift, zeros + settings.activation])
     return rows.to(_ops.statistics_dtype(p)).detach()
 
 
-# ----------------------------------------------------------------------------------------------------------- gradients
+# ----------------------------------------------------------------------------------------------------------- operators
+
+
+class _Operator(NamedTuple):
+    """A training operator: ``(x, *operands, *settings) -> (y, p, mean and variance of each BN, normalization)``.
+
+    Attributes:
+        name: in :mod:`fusedsep._ops`; its backward operator is called ``{name}_backward``.
+        forward: the operator.
+        function: its :class:`torch.autograd.Function`.
+        operands, settings: the types of its arguments.
+        norms: the names of its BNs there.
+        maps: the same through ATen.
+    """
+
+    name: str
+    forward: Callable[..., tuple[torch.Tensor, ...]]
+    function: type[torch.autograd.Function]
+    operands: type[AnyOperands]
+    settings: type[AnySettings]
+    norms: tuple[str, ...]
+    maps: Callable[[torch.Tensor, Any, Any], _Maps]
+
+    @property
+    def tensors(self) -> int:
+        """How many arguments are the map or an operand."""
+        return 1 + len(self.operands._fields)
+
+    @property
+    def differentiable(self) -> list[int]:
+        """Which of them the gradients of ``backward`` belong to, in the order of its results."""
+        names = self.operands._fields
+        return [0, *(1 + i for i, name in enumerate(names) if not name.endswith(("_mean", "_var")))]
+
+    def split(self, arguments: Sequence[Any]) -> tuple[torch.Tensor, Any, Any]:
+        """The map, operands and settings of a call."""
+        return arguments[0], self.operands(*arguments[1 : self.tensors]), self.settings(*arguments[self.tensors :])
 
 
 class SeparableConvFunction(torch.autograd.Function):
-    """The training operator and its derivative.
+    """The training operator of a separable convolution and its derivative.
 
     Keeps the raw pointwise product ``p``, what :mod:`fusedsep._kept_input` keeps for ``x``, and the small tensors.
     """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        with _compat.below_autograd():
-            y, p, mean1, var1, mean2, var2, normalization = _forward_operator(*arguments)
-        x, operands, settings = _split(arguments)
-        # Running statistics are not kept where those of the batch take their place: the step changes them.
-        if settings.bn1_mode == BATCH_STATISTICS:
-            operands = operands._replace(bn1_mean=mean1, bn1_var=var1)
-        if settings.bn2_mode == BATCH_STATISTICS:
-            operands = operands._replace(bn2_mean=mean2, bn2_var=var2)
-        ctx.settings = settings
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(p, mean1, var1, mean2, var2, normalization)
-        kept, x_normalization = _kept_input.kept_for_backward(x)
-        ctx.origin = None if kept is x else x.grad_fn  # the block that made the product
-        ctx.save_for_backward(kept, x_normalization, p, *operands)
-        ctx.product = _kept_input.remember(y, p, normalization)
-        ctx.unpacked = None
-        return y, p, mean1, var1, mean2, var2, normalization
+        return _forward(ctx, _OPERATORS[Settings], arguments)
 
     @staticmethod
     def backward(ctx: Any, grad_y: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
-        # One None for each argument that is no tensor.
-        without = (None,) * len(Settings._fields)
-        if grad_y is None:
-            return (None,) * _TENSORS + without
-        if torch.is_grad_enabled():  # a gradient of the gradient will be asked for
-            _, _, p, *operands = _saved_once(ctx)
-            x, x_normalization = _differentiable_input(ctx), None
-            ctx.unpacked = None
-        else:
-            x, x_normalization, p, *operands = ctx.saved_tensors
-        product = ctx.product()
-        if product is not None:
-            product.forget()
-        grads = gradients(grad_y, x, p, Operands(*operands), ctx.settings, ctx.needs_input_grad, x_normalization)
-        return *grads, *without
+        return _backward(ctx, grad_y)
+
+
+class PointwiseConvFunction(torch.autograd.Function):
+    """The same for a pointwise convolution."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        return _forward(ctx, _OPERATORS[PointwiseSettings], arguments)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
+        return _backward(ctx, grad_y)
+
+
+#: By the type of the settings.
+_OPERATORS: dict[type, _Operator] = {
+    Settings: _Operator(
+        "separable_conv2d_training",
+        _ops.separable_conv2d_training,
+        SeparableConvFunction,
+        Operands,
+        Settings,
+        ("bn1", "bn2"),
+        _separable_maps,
+    ),
+    PointwiseSettings: _Operator(
+        "pointwise_conv2d_training",
+        _ops.pointwise_conv2d_training,
+        PointwiseConvFunction,
+        PointwiseOperands,
+        PointwiseSettings,
+        ("bn",),
+        _pointwise_maps,
+    ),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------- gradients
+
+
+def _forward(ctx: Any, operator: _Operator, arguments: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+    with _compat.below_autograd():
+        y, p, *statistics, normalization = operator.forward(*arguments)
+    x, operands, settings = operator.split(arguments)
+    for i, bn in enumerate(operator.norms):
+        # Running statistics are not kept where those of the batch take their place: the step changes them.
+        if getattr(settings, f"{bn}_mode") == BATCH_STATISTICS:
+            mean, var = statistics[2 * i : 2 * i + 2]
+            operands = operands._replace(**{f"{bn}_mean": mean, f"{bn}_var": var})
+    ctx.settings = settings
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(p, *statistics, normalization)
+    kept, x_normalization = _kept_input.kept_for_backward(x)
+    ctx.origin = None if kept is x else x.grad_fn  # the block that made the product
+    ctx.save_for_backward(kept, x_normalization, p, *operands)
+    ctx.product = _kept_input.remember(y, p, normalization)
+    ctx.unpacked = None
+    return y, p, *statistics, normalization
+
+
+def _backward(ctx: Any, grad_y: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    operator = _OPERATORS[type(ctx.settings)]
+    without = (None,) * len(ctx.settings)  # one for each argument that is no tensor
+    if grad_y is None:
+        return (None,) * operator.tensors + without
+    if torch.is_grad_enabled():  # a gradient of the gradient will be asked for
+        _, _, p, *operands = _saved_once(ctx)
+        x, x_normalization = _differentiable_input(ctx), None
+        ctx.unpacked = None
+    else:
+        x, x_normalization, p, *operands = ctx.saved_tensors
+    product = ctx.product()
+    if product is not None:
+        product.forget()
+    operands = operator.operands(*operands)
+    return *gradients(grad_y, x, p, operands, ctx.settings, ctx.needs_input_grad, x_normalization), *without
 
 
 def _differentiable_input(node: Any) -> torch.Tensor:
-    """The input of a block, with its history; of ``node``, the block's :class:`SeparableConvFunction` in the graph."""
+    """The input of a block, with its history; of ``node``, the block's own in the graph of autograd."""
     kept, normalization, *_ = _saved_once(node)
     if not _kept_input.is_product(normalization):
         return kept
@@ -152,7 +253,8 @@ def _differentiable_input(node: Any) -> torch.Tensor:
         x = ((kept - center) * scale + shift).to(kept.dtype)
         return apply_activation(ACTIVATION_NAMES[int(code[0].item())], x)
     _, _, _, *operands = _saved_once(node.origin)
-    return composite(_differentiable_input(node.origin), Operands(*operands), node.origin.settings)
+    operator = _OPERATORS[type(node.origin.settings)]
+    return composite(_differentiable_input(node.origin), operator.operands(*operands), node.origin.settings)
 
 
 def _saved_once(node: Any) -> Sequence[torch.Tensor | None]:
@@ -170,8 +272,8 @@ def gradients(
     grad_y: torch.Tensor,
     x: torch.Tensor,
     p: torch.Tensor | None,
-    operands: Operands,
-    settings: Settings,
+    operands: AnyOperands,
+    settings: AnySettings,
     needed: Sequence[bool],
     x_normalization: torch.Tensor | None = None,
 ) -> list[torch.Tensor | None]:
@@ -182,46 +284,49 @@ def gradients(
         x: dense in the memory format that ``settings`` tells.
         p: the raw pointwise product, or ``None`` to compute it again; the latter for fixed statistics alone.
         operands: contiguous, with the statistics that ``y`` was normalized with.
+        settings: their type tells which operator it is about.
         needed: for ``x`` and each operand, whether its gradient is wanted; ``None`` is returned for the others.
         x_normalization: what makes the input of ``x``, where that is a product (:mod:`fusedsep._kept_input`).
     """
-    result: list[torch.Tensor | None] = [None] * _TENSORS
-    wanted = [i for i in _DIFFERENTIABLE if needed[i]]
+    operator = _OPERATORS[type(settings)]
+    result: list[torch.Tensor | None] = [None] * operator.tensors
+    wanted = [i for i in operator.differentiable if needed[i]]
     if not wanted:
         return result
     if torch.is_grad_enabled():  # a gradient of the gradient will be asked for
         # One may be computed from another (or be the same): as views, none is in the history of another.
         views = [None if tensor is None else tensor.view_as(tensor) for tensor in (x, *operands)]
-        y = composite(views[0], Operands(*views[1:]), settings)
+        y = composite(views[0], operator.operands(*views[1:]), settings)
         grads = torch.autograd.grad(y, [views[i] for i in wanted], grad_y, create_graph=True)
         for i, grad in zip(wanted, grads, strict=True):
             result[i] = grad
         return result
     if p is None:
-        p = _ops.separable_conv2d_training(x, *operands, *settings)[1]
-    bits = sum(1 << bit for bit, i in enumerate(_DIFFERENTIABLE) if needed[i])
-    grads = _ops.separable_conv2d_training_backward(grad_y, x, x_normalization, p, *operands, *settings, bits)
-    for bit, i in enumerate(_DIFFERENTIABLE):
+        p = getattr(_ops, operator.name)(x, *operands, *settings)[1]
+    bits = sum(1 << bit for bit, i in enumerate(operator.differentiable) if needed[i])
+    backward = getattr(_ops, f"{operator.name}_backward")
+    grads = backward(grad_y, x, x_normalization, p, *operands, *settings, bits)
+    for bit, i in enumerate(operator.differentiable):
         if needed[i]:
             result[i] = grads[bit]
     return result
 
 
-def _split(arguments: Sequence[Any]) -> tuple[torch.Tensor, Operands, Settings]:
-    return arguments[0], Operands(*arguments[1:_TENSORS]), Settings(*arguments[_TENSORS:])
-
-
 # ---------------------------------------------------------------------------------------------- kernels for autograd
 
 
-def _training_kernel(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    """``separable_conv2d_training`` where autograd looks on."""
-    if _compat.functorch_is_active() or _compat.forward_ad_is_active():
-        return _composite_outputs(*_split(arguments))
-    if _wants_gradient(arguments):
-        return SeparableConvFunction.apply(*arguments)
-    with _compat.below_autograd():
-        return _forward_operator(*arguments)
+def _training_kernel(operator: _Operator) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """A training operator where autograd looks on."""
+
+    def kernel(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        if _compat.functorch_is_active() or _compat.forward_ad_is_active():
+            return _composite_outputs(*operator.split(arguments))
+        if _wants_gradient(arguments):
+            return operator.function.apply(*arguments)
+        with _compat.below_autograd():
+            return operator.forward(*arguments)
+
+    return kernel
 
 
 def _refusing_kernel(operator: Callable[..., Any], advice: str) -> Callable[..., Any]:
@@ -249,12 +354,14 @@ def _has_tangent(arguments: Sequence[Any]) -> bool:
 
 
 _library = torch.library.Library("fusedsep", "IMPL")  # the kernels live as long as it does
-_library.impl(_forward_operator, _training_kernel, "Autograd")
-for _operator in (_ops.pack, _ops.separable_conv2d):
+for _operator in _OPERATORS.values():
+    _library.impl(_operator.forward, _training_kernel(_operator), "Autograd")
+for _overload in (_ops.pack, _ops.separable_conv2d):
     _advice = "call it under torch.no_grad(), or fusedsep.depthwise_separable_conv2d for gradients"
-    _library.impl(_operator, _refusing_kernel(_operator, _advice), "Autograd")
-for _operator in (
+    _library.impl(_overload, _refusing_kernel(_overload, _advice), "Autograd")
+for _overload in (
     _ops.separable_conv2d_training_backward,
+    _ops.pointwise_conv2d_training_backward,
     _ops.depthwise_statistics,
     _ops.separable_products,
     _ops.normalize,
@@ -262,7 +369,7 @@ for _operator in (
     _ops.pointwise_backward,
     _ops.depthwise_backward,
 ):
-    _library.impl(_operator, _refusing_kernel(_operator, "call it under torch.no_grad()"), "Autograd")
+    _library.impl(_overload, _refusing_kernel(_overload, "call it under torch.no_grad()"), "Autograd")
 
 
 # -------------------------------------------------------------------------------------------------- running statistics

@@ -146,6 +146,12 @@ def training_calls(monkeypatch):
 
 
 @pytest.fixture
+def pointwise_calls(monkeypatch):
+    """The same for the training operator of a pointwise convolution by itself."""
+    return _record_calls(monkeypatch, "pointwise_conv2d_training")
+
+
+@pytest.fixture
 def backward_calls(monkeypatch):
     """The same for the operator that computes gradients."""
     return _record_calls(monkeypatch, "separable_conv2d_training_backward")

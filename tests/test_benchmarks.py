@@ -288,7 +288,7 @@ def test_compare_writes_what_report_reads(script, monkeypatch, tmp_path, capsys,
     monkeypatch.setattr(shapes, "NETWORKS", [(0.25, 64)])
     monkeypatch.setattr(shapes, "PEER_NETWORKS", [(0.25, 64, 3)])
     monkeypatch.setattr(script("fusedsep.cli._peers"), "PEERS", {"onnxruntime": lambda module, x: lambda: module(x)})
-    monkeypatch.setattr(shapes, "TRAINING_NETWORKS", [(0.25, 32, 8)])
+    monkeypatch.setattr(shapes, "TRAINING_NETWORKS", [("MobileNetV1", 0.25, 32, 8)])
     output = tmp_path / "results.json"
     assert compare.main([subject, "--repeats", "3", "--isa", "portable", "--output", str(output)]) == 0
     written = json.loads(output.read_text())
@@ -298,9 +298,11 @@ def test_compare_writes_what_report_reads(script, monkeypatch, tmp_path, capsys,
     assert written["machine"]["sgemm_gflops"] > 0
     best = "fused" if subject.startswith("training") else "frozen"
     assert f"{best} channels_last" in capsys.readouterr().out
-    name = {"networks": "0.25-64", "peers": "0.25-64, batch 3", "training-networks": "0.25-32, batch 8"}.get(
-        subject, "8 -> 8, 5x5"
-    )
+    name = {
+        "networks": "0.25-64",
+        "peers": "0.25-64, batch 3",
+        "training-networks": "MobileNetV1: 0.25-32, batch 8",
+    }.get(subject, "8 -> 8, 5x5")
     table = report.render(written)
     assert f"| {name} |" in table
     assert f"*GFLOP/s*: of {best};" in table or subject == "peers"
@@ -349,7 +351,8 @@ def test_report_of_training(script):
         result["saved_bytes"] = {"eager": 2**31, "fused": 2**20}
     table = script("report").render(training)
     assert "|  | eager | fused | speed, fused | GFLOP/s | of sgemm | MiB, eager | MiB, fused |" in table
-    assert "| 8 -> 16, 7x7 | 4.00 · 3.00 | 2.50 · 2.00 | 1.50x | 45 | 56% | 2048 | 1.00 |" in table
+    assert "**Training steps** on" in table
+    assert ": 8 -> 16, 7x7 | 4.00 · 3.00 | 2.50 · 2.00 | 1.50x | 45 | 56% | 2048 | 1.00 |" in table
     assert "Median milliseconds, NCHW · channels_last, of 9 calls in turns" in table
     assert "*GFLOP/s*: of fused;" in table
     assert "*MiB*: what autograd keeps" in table

@@ -200,6 +200,11 @@ def without_derivative():
     backward = backward_arguments(1, x, *rest)
     calls = {"pack": (_ops.pack, pack), "separable_conv2d": (_ops.separable_conv2d, separable)}
     calls["separable_conv2d_training_backward"] = (_ops.separable_conv2d_training_backward, backward)
+    settings = Settings(*rest[12:]).pointwise()
+    pointwise = (random(*backward[0].shape[:1], 5, *backward[0].shape[2:]), *operands.pointwise(), *settings)
+    _, p, mean, var, _ = _ops.pointwise_conv2d_training(*pointwise)
+    pointwise = (backward[0], pointwise[0], None, p, *operands.pointwise()[:4], mean, var, *settings, 1)
+    calls["pointwise_conv2d_training_backward"] = (_ops.pointwise_conv2d_training_backward, pointwise)
     return calls | {operator.name().split("::")[1]: (operator, call) for operator, call in pass_arguments(False)}
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Arguments of the training operators for a :class:`cases.Case`, and what torch computes from them.
 
+With one mode instead of two they are those of the pointwise convolution alone.
+
 ``outcome`` is always: y, batch mean and variance of either BN where it has them, gradients of x and of each parameter
 that there is.
 """
@@ -42,13 +44,24 @@ MODES = list(itertools.product((0, 1, 2), repeat=2))
 
 
 class Arguments(NamedTuple):
-    """Everything in float64; ``modes`` are those of the operators."""
+    """Everything in float64; ``modes`` are those of the operator, for each BN."""
 
     case: Case
-    modes: tuple[int, int]
+    modes: tuple[int, ...]
     x: torch.Tensor
     operands: tuple[torch.Tensor | None, ...]
     grad_y: torch.Tensor
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Which of depthwise (0) and pointwise (1) convolution take part."""
+        return (0, 1)[-len(self.modes) :]
+
+    @property
+    def activations(self) -> list[str]:
+        """What follows each of them."""
+        both = self.case.activation, self.case.pointwise_activation
+        return [both[level] for level in self.levels]
 
 
 def arguments(case: Case, modes=(2, 2), bias=False, seed=0, mean=0.0, distance=1e-4) -> Arguments:
@@ -65,15 +78,14 @@ def arguments(case: Case, modes=(2, 2), bias=False, seed=0, mean=0.0, distance=1
 
         c, o = case.in_channels, case.out_channels
         operands = []
-        for mode, channels, weight in (
-            (modes[0], c, normal(c, 1, 3, 3, scale=0.7)),
-            (modes[1], o, normal(o, c, 1, 1, scale=1.5 / c**0.5)),
-        ):
+        convolutions = [(c, normal(c, 1, 3, 3, scale=0.7)), (o, normal(o, c, 1, 1, scale=1.5 / c**0.5))]
+        for mode, (channels, weight) in zip(modes, convolutions[-len(modes) :], strict=True):
             operands += [weight, normal(channels, scale=0.5) if bias else None]
             operands += [normal(channels), normal(channels, scale=0.5)] if mode else [None, None]
             operands += [normal(channels, scale=0.2), normal(channels).abs() + 0.5] if mode == 1 else [None, None]
         x = normal(case.batch, c, case.height, case.width) + mean
-        given = Arguments(case, modes, x, tuple(operands), normal(*case.out_shape))
+        shape = case.out_shape if len(modes) == 2 else (case.batch, o, case.height, case.width)
+        given = Arguments(case, modes, x, tuple(operands), normal(*shape))
         if _distance_from_kinks(given) > distance:
             return given
     raise AssertionError(f"no arguments away from the kinks of {case}")
@@ -87,17 +99,18 @@ def _forward(given: Arguments, x, operands, rounding=lambda x: x):
     """y, and what either BN normalizes and either activation sees; every map goes through ``rounding``."""
     case = given.case
     maps, seen = [], []
-    value = F.pad(x, case.pads)
-    for level, activation in enumerate((case.activation, case.pointwise_activation)):
-        weight, bias, gamma, beta, mean, variance = operands[6 * level : 6 * level + 6]
+    value = x
+    for i, (level, activation) in enumerate(zip(given.levels, given.activations, strict=True)):
+        weight, bias, gamma, beta, mean, variance = operands[6 * i : 6 * i + 6]
         if level == 0:
+            value = F.pad(value, case.pads)
             value = F.conv2d(value, weight, bias, case.stride, 0, case.dilation, groups=case.in_channels)
         else:
             value = F.conv2d(value, weight, bias)
         value = rounding(value)
         maps.append(value)
-        if given.modes[level]:
-            value = F.batch_norm(value, mean, variance, gamma, beta, given.modes[level] == 2, 0.0, EPS[level])
+        if given.modes[i]:
+            value = F.batch_norm(value, mean, variance, gamma, beta, given.modes[i] == 2, 0.0, EPS[level])
             value = rounding(value)
         seen.append(value)
         value = ACTIVATIONS[activation](value)
@@ -109,7 +122,7 @@ def _distance_from_kinks(given: Arguments) -> float:
     _, _, seen = _forward(given, given.x, given.operands)
     distances = [
         (value - kink)[value != kink].abs()
-        for value, activation in zip(seen, (given.case.activation, given.case.pointwise_activation), strict=True)
+        for value, activation in zip(seen, given.activations, strict=True)
         for kink in KINKS[activation]
     ]
     return min((distance.min().item() for distance in distances if distance.numel()), default=float("inf"))
@@ -199,6 +212,8 @@ def assert_near(given: Arguments, dtype, *actual: list[torch.Tensor], factor=FAC
 
 def settings(given: Arguments, channels_last: bool) -> tuple:
     case = given.case
+    if given.levels == (1,):
+        return given.modes[0], EPS[1], ACTIVATION_CODES[case.pointwise_activation], channels_last
     return (
         given.modes[0],
         EPS[0],
@@ -214,22 +229,25 @@ def settings(given: Arguments, channels_last: bool) -> tuple:
 
 
 def run(given: Arguments, dtype=torch.double, channels_last=False, wanted=None, grad_y=None, device="cpu"):
-    """The nine gradients of the operators, and before them y, p and the statistics."""
+    """The gradients of the operators, and before them y, p and the statistics."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     x = given.x.to(device, dtype).contiguous(memory_format=memory_format)
     operands = [None if t is None else t.to(device, dtype) for t in given.operands]
     rest = settings(given, channels_last)
-    y, p, mean1, var1, mean2, var2, _ = _ops.separable_conv2d_training(x, *operands, *rest)
-    if given.modes[0] == 2:
-        operands[4], operands[5] = mean1, var1
-    if given.modes[1] == 2:
-        operands[10], operands[11] = mean2, var2
+    if given.levels == (1,):
+        forward, backward = _ops.pointwise_conv2d_training, _ops.pointwise_conv2d_training_backward
+    else:
+        forward, backward = _ops.separable_conv2d_training, _ops.separable_conv2d_training_backward
+    y, p, *statistics, _ = forward(x, *operands, *rest)
+    for i, mode in enumerate(given.modes):
+        if mode == 2:
+            operands[6 * i + 4 : 6 * i + 6] = statistics[2 * i : 2 * i + 2]
     if grad_y is None:
         grad_y = given.grad_y.to(device, dtype).contiguous(memory_format=memory_format)
     if wanted is None:
         wanted = all_wanted(given)
-    gradients = _ops.separable_conv2d_training_backward(grad_y, x, None, p, *operands, *rest, wanted)
-    return [y, p, mean1, var1, mean2, var2], list(gradients)
+    gradients = backward(grad_y, x, None, p, *operands, *rest, wanted)
+    return [y, p, *statistics], list(gradients)
 
 
 def all_wanted(given: Arguments) -> int:
@@ -243,10 +261,7 @@ def outcome(given: Arguments, dtype=torch.double, channels_last=False, device="c
     outputs, gradients = run(given, dtype, channels_last, device=device)
     wanted = all_wanted(given)
     statistics = [
-        statistic
-        for mode, pair in zip(given.modes, (outputs[2:4], outputs[4:6]), strict=True)
-        if mode == 2
-        for statistic in pair
+        statistic for i, mode in enumerate(given.modes) if mode == 2 for statistic in outputs[2 + 2 * i : 4 + 2 * i]
     ]
     return [outputs[0], *statistics, *(g for bit, g in enumerate(gradients) if wanted >> bit & 1)]
 

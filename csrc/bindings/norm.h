@@ -3,8 +3,10 @@
 // A BatchNorm and the bias of the convolution in front of it, as the affine map of training.h.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "../kernels/channel_norm.h"
@@ -109,5 +111,37 @@ class Norm {
   std::vector<ChannelNorm> norms_;
   std::vector<T> shift_, center_, scale_, slope_, offset_;
 };
+
+// What makes y of p, as KeptInput takes it.
+template <typename T>
+Tensor normalization_of(const Norm<T>& norm, int64_t channels, int64_t activation) {
+  Tensor rows = empty_strided<2>({4, channels}, {channels, 1}, kScalarType<T>);
+  T* data = rows.mutable_data_ptr<T>();
+  const Affine<T> affine = norm.affine();
+  std::copy_n(affine.center, channels, data);
+  std::copy_n(affine.scale, channels, data + channels);
+  std::copy_n(affine.shift, channels, data + 2 * channels);
+  std::fill_n(data + 3 * channels, channels, T(activation));
+  return rows;
+}
+
+// mean and variance of one BN for the caller: what `measure` finds, or nothing.
+template <typename T, class F>
+std::pair<Tensor, Tensor> take_statistics(Norm<T>& norm, int64_t channels, const Vector& fixed_mean,
+                                          const Vector& fixed_variance, const F& measure) {
+  if (norm.statistics == Statistics::kBatch) {
+    Channels mean(size_t(norm.padded())), variance(size_t(norm.padded()));
+    measure(mean.data(), variance.data());
+    Tensor mean_out = empty_strided<1>({channels}, {1}, kScalarType<T>);
+    Tensor variance_out = empty_strided<1>({channels}, {1}, kScalarType<T>);
+    norm.set_batch_statistics(mean, variance, mean_out.mutable_data_ptr<T>(), variance_out.mutable_data_ptr<T>());
+    return {mean_out, variance_out};
+  }
+  measure(nullptr, nullptr);
+  const bool fixed = norm.statistics == Statistics::kFixed;
+  norm.set_statistics(fixed ? fixed_mean->const_data_ptr<T>() : nullptr,
+                      fixed ? fixed_variance->const_data_ptr<T>() : nullptr);
+  return {nothing(kScalarType<T>), nothing(kScalarType<T>)};
+}
 
 }  // namespace fusedsep

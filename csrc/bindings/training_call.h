@@ -69,24 +69,28 @@ auto run_of(const TrainingParams<T>& params) {
 template <typename T>
 class KeptInput {
  public:
-  KeptInput(const Tensor& map, const Vector& normalization, const Call& call, bool wants_channels_last)
-      : map_(map), normalized_(is_normalized(normalization, call.in_channels)) {
-    const std::array<int64_t, 4> sizes = call.in_sizes();
+  KeptInput(const Tensor& map, const Vector& normalization, const std::array<int64_t, 4>& sizes,
+            bool wants_channels_last)
+      : map_(map), sizes_(sizes), normalized_(is_normalized(normalization, sizes[1])) {
     if (!is_dense(map, sizes, wants_channels_last)) {
       map_ = is_dense(map, sizes, !wants_channels_last)
                  ? Incoming<T>(map, sizes, !wants_channels_last, wants_channels_last).map()
                  : dense(map, sizes, wants_channels_last);
     }
     if (!normalized_) return;
+    const int64_t channels = sizes[1];
     const T* rows = normalization->const_data_ptr<T>();
-    activation_ = Activation(int64_t(rows[3 * call.in_channels]));
+    activation_ = Activation(int64_t(rows[3 * channels]));
     for (int64_t row = 0; row < 3; ++row) {
-      rows_.emplace_back(size_t(padded_channels(call.in_channels)), T(0));
-      std::copy_n(rows + row * call.in_channels, call.in_channels, rows_.back().data());
+      rows_.emplace_back(size_t(padded_channels(channels)), T(0));
+      std::copy_n(rows + row * channels, channels, rows_.back().data());
     }
-    if (wants_channels_last) return;
+  }
+  // Make x of it, in NCHW, for passes that cannot form it while they load it.
+  void form() {
+    if (!normalized_) return;
     auto run = run_of(params_of_product<T>(map_, int64_t(activation_), false));
-    const Tensor x = empty_map(sizes, false, kScalarType<T>);
+    const Tensor x = empty_map(sizes_, false, kScalarType<T>);
     run.params.affine2 = affine();
     run.params.y = x.mutable_data_ptr<T>();
     run.normalize();
@@ -99,6 +103,12 @@ class KeptInput {
     if (!normalized_) return;
     params.x_affine = affine();
     params.x_activation = activation_;
+  }
+  // For those of a pointwise convolution by itself; `identity` is what makes x of x.
+  void set_as_d(TrainingParams<T>& params, const Affine<T>& identity) const {
+    params.d = const_cast<T*>(map_.template const_data_ptr<T>());
+    params.affine1 = normalized_ ? affine() : identity;
+    params.activation = activation_;
   }
 
  private:
@@ -116,6 +126,7 @@ class KeptInput {
   Affine<T> affine() const { return {rows_[0].data(), rows_[1].data(), rows_[2].data()}; }
 
   Tensor map_;
+  std::array<int64_t, 4> sizes_;
   bool normalized_;
   Activation activation_ = Activation::kNone;
   std::vector<std::vector<T>> rows_;

@@ -31,6 +31,26 @@ inline Tensor empty_map(const std::array<int64_t, 4>& sizes, bool channels_last,
   return empty_strided<4>(sizes, dense_strides(sizes, channels_last), dtype, place);
 }
 
+// The format that the kernels run in. NCHW fills vectors with pixels of a row. Where rows are shorter than two of the
+// longest vectors, copies in channels_last cost less than what the cut vectors lose. The fake kernels in
+// fusedsep/_ops.py know this rule.
+inline bool runs_channels_last(bool channels_last, int64_t width) { return channels_last || width < 32; }
+
+// `x` is in the memory format that `channels_last` tells, unless it may have `any_strides`.
+inline void check_input(const Tensor& x, bool channels_last, bool any_strides, const Place& place = Place::cpu()) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.size(1) >= 1 && place.has(x), "x must be a ", place.name,
+                  " tensor of shape [N, C, H, W]");
+  const ScalarType dtype = x.scalar_type();
+  if (place.is_cpu()) {
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "x must be float32 or float64");
+  } else {
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+                    "x must be float32, float16 or bfloat16");
+  }
+  STD_TORCH_CHECK(any_strides || is_dense(x, sizes_of(x), channels_last), "x must be contiguous in ",
+                  channels_last ? "channels_last" : "NCHW", " memory format");
+}
+
 // The geometry of one call, from tensors that were checked.
 struct Call {
   Place place;
@@ -38,29 +58,19 @@ struct Call {
   bool channels_last;
   int64_t batch, in_channels, height, width, out_channels, out_height, out_width;
 
-  // `x` is in the memory format that `channels_last` tells, unless it may have `any_strides`.
+  // As check_input() takes them.
   Call(const Tensor& x, const Tensor& dw_weight, int64_t outputs, const Geometry& g, bool channels_last,
        bool any_strides = false, const Place& place = Place::cpu())
       : place(place), geometry(g), channels_last(channels_last), out_channels(outputs) {
     check_geometry(g);
-    STD_TORCH_CHECK(x.dim() == 4 && x.size(1) >= 1 && place.has(x), "x must be a ", place.name,
-                    " tensor of shape [N, C, H, W]");
+    check_input(x, channels_last, any_strides, place);
     batch = x.size(0);
     in_channels = x.size(1);
     height = x.size(2);
     width = x.size(3);
-    const ScalarType dtype = x.scalar_type();
-    if (place.is_cpu()) {
-      STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "x must be float32 or float64");
-    } else {
-      STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-                      "x must be float32, float16 or bfloat16");
-    }
-    STD_TORCH_CHECK(any_strides || is_dense(x, sizes_of(x), channels_last), "x must be contiguous in ",
-                    channels_last ? "channels_last" : "NCHW", " memory format");
     STD_TORCH_CHECK(dw_weight.dim() == 4 && dw_weight.size(0) == in_channels && dw_weight.size(1) == 1 &&
                         dw_weight.size(2) == 3 && dw_weight.size(3) == 3 && dw_weight.is_contiguous() &&
-                        place.has(dw_weight) && dw_weight.scalar_type() == dtype,
+                        place.has(dw_weight) && dw_weight.scalar_type() == x.scalar_type(),
                     "dw_weight must be a contiguous ", place.name, " tensor of shape [", in_channels,
                     ", 1, 3, 3] and the dtype of x");
     out_height = output_size("height", height, g.pad_top, g.pad_bottom, g);
@@ -72,9 +82,7 @@ struct Call {
   std::array<int64_t, 4> out_sizes() const { return {batch, out_channels, out_height, out_width}; }
   double count() const { return double(batch) * double(out_height) * double(out_width); }
 
-  // NCHW fills vectors with pixels of a row. Where rows are shorter than two of the longest vectors, copies in
-  // channels_last cost less than what the cut vectors lose. The fake kernels in fusedsep/_ops.py know this rule.
-  bool runs_channels_last() const { return channels_last || width < 32; }
+  bool runs_channels_last() const { return fusedsep::runs_channels_last(channels_last, width); }
 
   // Of kernels that run in one memory format, on maps that are in it.
   template <typename T>
@@ -125,6 +133,23 @@ inline ScalarType statistics_type(ScalarType dtype) {
   return dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ? ScalarType::Float : dtype;
 }
 
+// The tensors and the mode of a BN; statistics of the batch are there `with_batch_statistics`, in the backward.
+inline void check_norm(const std::string& name, int64_t channels, const Vector& weight, const Vector& bias,
+                       const Vector& mean, const Vector& variance, int64_t mode, ScalarType dtype,
+                       bool with_batch_statistics, const Place& place = Place::cpu()) {
+  check_range((name + "_mode").c_str(), mode, 0, 2);
+  check_vector(name + "_weight", weight, channels, dtype, place);
+  check_vector(name + "_bias", bias, channels, dtype, place);
+  const bool batch = mode == int64_t(Statistics::kBatch) && with_batch_statistics;
+  const ScalarType own = batch ? statistics_type(dtype) : dtype;
+  const char* const named = own == dtype ? "the dtype of x" : "float32";
+  check_vector(name + "_mean", mean, channels, own, place, named);
+  check_vector(name + "_var", variance, channels, own, place, named);
+  const bool wanted = batch || mode == int64_t(Statistics::kFixed);
+  STD_TORCH_CHECK(!wanted || (mean.has_value() && variance.has_value()), name, "_mean and ", name,
+                  "_var must be given in ", name, "_mode ", mode);
+}
+
 // The arguments that stand for the four modules.
 struct Modules {
   const Tensor& dw_weight;
@@ -136,25 +161,14 @@ struct Modules {
   int64_t bn2_mode;
   double bn2_eps;
 
-  // Statistics of the batch are given to the backward.
   void check(const Call& call, ScalarType dtype, bool with_batch_statistics) const {
     check_pointwise_weight(call.in_channels, dtype, pw_weight, call.place);
-    const auto check_norm = [&](const std::string& name, int64_t channels, const Vector& weight, const Vector& bias,
-                                const Vector& mean, const Vector& variance, int64_t mode) {
-      check_range((name + "_mode").c_str(), mode, 0, 2);
-      check_vector(name + "_weight", weight, channels, dtype, call.place);
-      check_vector(name + "_bias", bias, channels, dtype, call.place);
-      const bool batch = mode == int64_t(Statistics::kBatch) && with_batch_statistics;
-      const ScalarType own = batch ? statistics_type(dtype) : dtype;
-      const char* const named = own == dtype ? "the dtype of x" : "float32";
-      check_vector(name + "_mean", mean, channels, own, call.place, named);
-      check_vector(name + "_var", variance, channels, own, call.place, named);
-      const bool wanted = batch || mode == int64_t(Statistics::kFixed);
-      STD_TORCH_CHECK(!wanted || (mean.has_value() && variance.has_value()), name, "_mean and ", name,
-                      "_var must be given in ", name, "_mode ", mode);
+    const auto check = [&](const char* name, int64_t channels, const Vector& weight, const Vector& bias,
+                           const Vector& mean, const Vector& variance, int64_t mode) {
+      check_norm(name, channels, weight, bias, mean, variance, mode, dtype, with_batch_statistics, call.place);
     };
-    check_norm("bn1", call.in_channels, bn1_weight, bn1_bias, bn1_mean, bn1_var, bn1_mode);
-    check_norm("bn2", call.out_channels, bn2_weight, bn2_bias, bn2_mean, bn2_var, bn2_mode);
+    check("bn1", call.in_channels, bn1_weight, bn1_bias, bn1_mean, bn1_var, bn1_mode);
+    check("bn2", call.out_channels, bn2_weight, bn2_bias, bn2_mean, bn2_var, bn2_mode);
     check_vector("dw_bias", dw_bias, call.in_channels, dtype, call.place);
     check_vector("pw_bias", pw_bias, call.out_channels, dtype, call.place);
   }

@@ -17,38 +17,6 @@ Norm<T> norm2_of(const Modules& m, const Call& call) {
   return {m.pw_bias, m.bn2_weight, m.bn2_bias, Statistics(m.bn2_mode), m.bn2_eps, call.out_channels};
 }
 
-// What makes y of p, as KeptInput takes it.
-template <typename T>
-Tensor normalization_of(const Norm<T>& norm, int64_t channels, int64_t activation) {
-  Tensor rows = empty_strided<2>({4, channels}, {channels, 1}, kScalarType<T>);
-  T* data = rows.mutable_data_ptr<T>();
-  const Affine<T> affine = norm.affine();
-  std::copy_n(affine.center, channels, data);
-  std::copy_n(affine.scale, channels, data + channels);
-  std::copy_n(affine.shift, channels, data + 2 * channels);
-  std::fill_n(data + 3 * channels, channels, T(activation));
-  return rows;
-}
-
-// mean and variance of one BN for the caller: what `measure` finds, or nothing.
-template <typename T, class F>
-std::pair<Tensor, Tensor> take_statistics(Norm<T>& norm, int64_t channels, const Vector& fixed_mean,
-                                          const Vector& fixed_variance, const F& measure) {
-  if (norm.statistics == Statistics::kBatch) {
-    Channels mean(size_t(norm.padded())), variance(size_t(norm.padded()));
-    measure(mean.data(), variance.data());
-    Tensor mean_out = empty_strided<1>({channels}, {1}, kScalarType<T>);
-    Tensor variance_out = empty_strided<1>({channels}, {1}, kScalarType<T>);
-    norm.set_batch_statistics(mean, variance, mean_out.mutable_data_ptr<T>(), variance_out.mutable_data_ptr<T>());
-    return {mean_out, variance_out};
-  }
-  measure(nullptr, nullptr);
-  const bool fixed = norm.statistics == Statistics::kFixed;
-  norm.set_statistics(fixed ? fixed_mean->const_data_ptr<T>() : nullptr,
-                      fixed ? fixed_variance->const_data_ptr<T>() : nullptr);
-  return {nothing(kScalarType<T>), nothing(kScalarType<T>)};
-}
-
 Seven separable_conv2d_training(const Tensor& x, const Tensor& dw_weight, const Vector& dw_bias,
                                 const Vector& bn1_weight, const Vector& bn1_bias, const Vector& bn1_mean,
                                 const Vector& bn1_var, const Tensor& pw_weight, const Vector& pw_bias,
@@ -119,7 +87,8 @@ Nine separable_conv2d_training_backward(const Tensor& grad_y, const Tensor& x, c
   return dispatch(x, [&](auto zero) -> Nine {
     using T = decltype(zero);
     const bool in_channels_last = call.runs_channels_last();
-    const KeptInput<T> own_x(x, x_normalization, call, in_channels_last);
+    KeptInput<T> own_x(x, x_normalization, call.in_sizes(), in_channels_last);
+    if (!in_channels_last) own_x.form();
     const Tensor own_p = dense(p, call.out_sizes(), in_channels_last);  // whoever kept it may have laid it out anew
     const Tensor dense_grad_y = dense(grad_y, call.out_sizes(), channels_last);
     const Incoming<T> own_grad_y(dense_grad_y, call.out_sizes(), channels_last, in_channels_last);

@@ -143,7 +143,7 @@ void pointwise_backward(const TrainingParams<typename V::T>& p, const Tile& tile
 
   T* g1 = nullptr;
   const int64_t pitch = map_pitch<kChannelsLast>(p.conv, in_channels);
-  if (sums != nullptr) {
+  if (sums != nullptr || (p.d != nullptr && p.g1 != nullptr)) {
     g1 = tile_of_map<kChannelsLast>(p.g1, p.conv, tile, in_channels);
     const T* weights = p.conv.packed + TrainingLayout<V>(in_channels, out_channels, kChannelsLast, true).pointwise;
     Product<T> product{};
@@ -159,17 +159,20 @@ void pointwise_backward(const TrainingParams<typename V::T>& p, const Tile& tile
     product.ahead[1] = next_tile<kChannelsLast, T>(p.conv.y, p.conv, tile, out_channels);
     multiply<V, !kChannelsLast>(product);
   }
+  if (sums == nullptr && gradient == nullptr) return;
 
   // One pass over d, in the cache: g1 in the place of gh, its sums, and h where the weight gradient wants it.
-  raw_depthwise<V>(with_input<V>(p, tile, scratch + layout.x), tile, d);
+  const T* map = p.d == nullptr ? nullptr : tile_of_map<kChannelsLast>(p.d, p.conv, tile, in_channels);
+  if (map == nullptr) raw_depthwise<V>(with_input<V>(p, tile, scratch + layout.x), tile, d);
   const auto pass = [&](auto* totals) {
     for_each_strip<V, kChannelsLast>(in_channels, pixels, kOperandStrip<V>, [&](const Strip& strip) {
-      const auto values = in_operand<V, kChannelsLast>(d, in_channels, pixels, strip);
+      const auto operand = in_operand<V, kChannelsLast>(d, in_channels, pixels, strip);
+      const auto values = map == nullptr ? operand : in_map<V, kChannelsLast>(map, pitch, strip);
       const auto gradients = in_map<V, kChannelsLast>(g1, pitch, strip);
       const StripAffine<V, kChannelsLast> affine(p.affine1, strip);
       V sum = V::zero(), moment = V::zero();
       for (int64_t i = 0; i < strip.count; ++i) {
-        const V value = V::load(values.at(i)), u = affine(value);
+        const V value = values.load(strip, i), u = affine(value);
         if (totals != nullptr) {
           const V g = activation_gradient(p.activation, u, gradients.load(strip, i));
           gradients.store(strip, i, g);
@@ -181,7 +184,7 @@ void pointwise_backward(const TrainingParams<typename V::T>& p, const Tile& tile
         if constexpr (kChannelsLast) {
           h.store(gradient_column<V>(*gradient, in_channels, strip.channel, offset + strip.pixel + i));
         } else {
-          h.store(values.at(i));
+          h.store(operand.at(i));
         }
       }
       if (totals != nullptr) {

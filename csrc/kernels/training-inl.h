@@ -128,7 +128,7 @@ void pack_training(const typename V::T* depthwise_weight, const typename V::T* p
   const int64_t lanes = channels_last ? V::kLanes : 1;
   const auto pack_matrix = channels_last ? pack_matrix_columns<V> : pack_matrix_rows<V>;
   pack_matrix(pointwise_weight, out_channels, in_channels, transposed, begin, end, packed + layout.pointwise);
-  if (begin > 0) return;
+  if (begin > 0 || depthwise_weight == nullptr) return;
   for (int64_t i = 0; i < layout.pointwise; ++i) packed[i] = 0;
   for (int64_t c = 0; c < in_channels; ++c) {
     typename V::T* channel = packed + c / lanes * lanes * 10 + c % lanes;

@@ -16,6 +16,9 @@
 //   gd = scale1 * (g1 - slope1 * (d - center1) - offset1)
 //   gw1[c,u,v] = sum over n of gd * x at the tap        gx = transposed depthwise convolution of gd
 //
+// A pointwise convolution by itself is the second half: it reads d, which is its input or what that is kept as, from
+// memory, h = act1(u) is the input, and g1 = gh its gradient, without sums.
+//
 // With statistics of the batch slope = S2 / (n * (var + eps)) and offset = S1 / n (S. Ioffe, C. Szegedy,
 // "Batch Normalization", 2015, section 3); otherwise both are zero. In the backward only p and g1 are maps in memory: d
 // is computed from x again, which is read anyway, and h, gp and gd are tiles alone.
@@ -62,7 +65,9 @@ struct TrainingParams {
   T* y;             // batch maps of out_channels
   const T* grad_y;  // the same
   T* g1;            // batch maps of in_channels x out_height x out_width
-  T* d;       // the same: left by depthwise_statistics, read by forward; null: computed again; may lie where y will
+  // The same: left by depthwise_statistics, read by forward; null: computed again; may lie where y will. In the
+  // backward null, but for a pointwise convolution by itself.
+  T* d;
   T* grad_x;  // like x; null: not wanted; may be g1 where the two are of one size
 };
 
@@ -99,7 +104,7 @@ struct TrainingKernels {
 
   // Weights for the forward passes, or `transposed` for the backward ones. [in_channels][3][3],
   // [out_channels][in_channels]. A call packs results [begin, end) of the product, output channels or, `transposed`,
-  // input channels, from a multiple of `tile_columns` on; that from 0 on the taps too.
+  // input channels, from a multiple of `tile_columns` on; that from 0 on the taps too, unless they are null.
   int64_t (*packed_size)(int64_t in_channels, int64_t out_channels, bool channels_last, bool transposed);
   void (*pack)(const T* depthwise_weight, const T* pointwise_weight, int64_t in_channels, int64_t out_channels,
                bool channels_last, bool transposed, int64_t begin, int64_t end, T* packed);
@@ -119,8 +124,8 @@ struct TrainingKernels {
   void (*normalize)(const TrainingParams<T>& params, const Tile& tile);
   // S1 and S2 of the tile, from grad_y and p.
   void (*normalize_backward_reduce)(const TrainingParams<T>& params, const Tile& tile, double* sums);
-  // g1, T1 and T2 of the tile where `sums` is not null; its operands of the weight gradient, from pixel
-  // `offset` on, where `gradient` is not null.
+  // g1, T1 and T2 of the tile where `sums` is not null (g1 alone where params has both d and g1); its operands of the
+  // weight gradient, from pixel `offset` on, where `gradient` is not null.
   void (*pointwise_backward)(const TrainingParams<T>& params, const Tile& tile, T* scratch, double* sums,
                              const WeightGradient<T>* gradient, int64_t offset);
   // Elements of `rows` and `columns`.

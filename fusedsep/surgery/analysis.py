@@ -15,7 +15,7 @@ from .helpers import Helper
 from .program import FusedSite, Program, write_program
 from .rewrite import FusedForward
 from .side_effects import in_mode, usual_global_mode
-from .sites import find_chains, is_depthwise, why_not_fusable
+from .sites import Chain, find_chains, is_depthwise, why_not_fusable
 from .tracing import Call, CallForm, Tracer, Untraceable, is_layer
 
 
@@ -47,7 +47,10 @@ class Analysis:
         reasons, self.reasons = self.reasons, {}
         #: What stands for each depthwise convolution that is fused.
         self.fused: dict[nn.Module, FusedSite | DepthwiseSeparableBlock] = {
-            site.dw: site for program in self.programs.values() for site in program.sites.values()
+            site.dw: site
+            for program in self.programs.values()
+            for site in program.sites.values()
+            if isinstance(site, FusedSite)
         }
         self.fused.update({block.dw: block for block in model.modules() if is_block(block)})
         for module in model.modules():
@@ -90,6 +93,8 @@ class Analysis:
     ) -> dict[nn.Module, Program]:
         modules = dict(root.named_modules(remove_duplicate=False))
         chains, reasons = find_chains(graph, modules)
+        if not any(isinstance(chain, Chain) for chain in chains):
+            chains = []
         inline: dict[nn.Module, set[nn.Module]] = {}
         forms: dict[nn.Module, CallForm] = {}
         for chain in chains:

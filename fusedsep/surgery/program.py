@@ -16,11 +16,12 @@ from torch import fx
 
 from .. import _C
 from .._compat import HOOKS, has_global_hooks, has_hooks, is_plain_convolution
+from .._pointwise import PointwiseConv
 from .._separable import SeparableConv
 from .batch_norms import is_plain_batch_norm
 from .dropouts import is_dropout
 from .helpers import Helper
-from .sites import Chain, find_chains, input_of
+from .sites import Chain, PointwiseChain, find_chains, input_of
 from .tracing import CallForm, Tracer, Untraceable, signature_of
 
 
@@ -28,14 +29,62 @@ class RegeneratedForward:
     """What stands as ``forward`` on a module whose Python was regenerated: equivalent to the forward of its class."""
 
 
-class FusedSite:
-    """One call of :class:`SeparableConv` in a regenerated forward, with the modules that it runs."""
+class FusedCall:
+    """One call in a regenerated forward that runs several modules as one operation."""
+
+    def __init__(self, nodes: list[fx.Node], modules: dict[str, nn.Module], name: str) -> None:
+        self.__name__ = name
+        #: Every module that the call stands for: activations and padding too, and what a BN carries.
+        self.modules = [
+            part
+            for node in nodes
+            if node.op == "call_module"
+            for name, part in modules[node.target].named_modules()
+            if not name.startswith("parametrizations")
+        ]
+
+    def norms(self) -> list[nn.Module]:
+        """The BNs that there are."""
+        raise NotImplementedError
+
+    def read(self) -> list[nn.Module]:
+        """The modules whose Python somebody has read for this, so that it holds for the mode that they were in."""
+        return []
+
+    def numbers(self) -> list[nn.Module]:
+        """The modules whose parameters and buffers the call reads."""
+        raise NotImplementedError
+
+
+class FusedPointwise(FusedCall):
+    """One call of :class:`PointwiseConv`."""
+
+    def __init__(self, chain: PointwiseChain, modules: dict[str, nn.Module], name: str) -> None:
+        super().__init__(chain.nodes, modules, name)
+        self.conv = modules[chain.pw.target]
+        self.bn = modules[chain.bn2.target]
+        self.pointwise = PointwiseConv(chain.pointwise_activation, chain.carried_activations[1])
+        self.pointwise.norm_forwards |= {type(self.bn).forward}
+        self.pointwise.training_norm_forwards = self.pointwise.norm_forwards  # it was read in training mode
+
+    def norms(self) -> list[nn.Module]:
+        return [self.bn]
+
+    def numbers(self) -> list[nn.Module]:
+        return [self.conv, self.bn]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.pointwise(x, self.conv, self.bn)
+
+
+class FusedSite(FusedCall):
+    """One call of :class:`SeparableConv`."""
 
     def __init__(self, chain: Chain, modules: dict[str, nn.Module], name: str) -> None:
         def module_of(node: fx.Node | None) -> nn.Module | None:
             return None if node is None else modules[node.target]
 
-        self.__name__ = name
+        super().__init__(chain.nodes, modules, name)
         self.text = str(chain)
         self.dw = module_of(chain.dw)
         self.bn1 = module_of(chain.bn1)
@@ -48,25 +97,14 @@ class FusedSite:
             self.separable.norm_forwards |= {type(bn).forward}
             if bn.training:
                 self.separable.training_norm_forwards |= {type(bn).forward}
-        #: Every module that the site stands for: activations and padding too, and what a BN carries.
-        self.modules = [
-            part
-            for node in chain.nodes
-            if node.op == "call_module"
-            for name, part in modules[node.target].named_modules()
-            if not name.startswith("parametrizations")
-        ]
 
     def norms(self) -> list[nn.Module]:
-        """The BNs that there are."""
         return [bn for bn in (self.bn1, self.bn2) if bn is not None]
 
     def read(self) -> list[nn.Module]:
-        """The modules whose Python somebody has read for this, so that it holds for the mode that they were in."""
         return [] if self.separable.self_padding_class is None else [self.dw]
 
     def numbers(self) -> list[nn.Module]:
-        """The modules whose parameters and buffers the site reads."""
         return [self.dw, self.pw, *self.norms()]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -301,7 +339,7 @@ def write_program(
     graph = tracer.run()
     modules = dict(owner.named_modules(remove_duplicate=False))
     replace_sites(graph, modules)
-    return program_from(graph, owner, form, FusedSite, tracer.inlined)
+    return program_from(graph, owner, form, FusedCall, tracer.inlined)
 
 
 def program_from(graph: fx.Graph, owner: nn.Module, form: CallForm, kind: type, inlined: set[nn.Module]) -> Program:
@@ -323,9 +361,12 @@ def program_from(graph: fx.Graph, owner: nn.Module, form: CallForm, kind: type, 
 
 
 def replace_sites(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-    """Make one call of a :class:`FusedSite` of every site in ``graph``; it was made under all calls of its nodes."""
+    """Make one call of a :class:`FusedCall` of every site in ``graph``; it was made under all calls of its nodes."""
     for index, chain in enumerate(find_chains(graph, modules)[0]):
-        site = FusedSite(chain, modules, f"separable_{index}")
+        if isinstance(chain, Chain):
+            site = FusedSite(chain, modules, f"separable_{index}")
+        else:
+            site = FusedPointwise(chain, modules, f"pointwise_{index}")
         # In the place of the first node: later ones may come after something that changes the input in place.
         with graph.inserting_before(chain.nodes[0]):
             call = graph.call_function(site, (input_of(chain.nodes[0]),))

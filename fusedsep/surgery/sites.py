@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -48,6 +49,20 @@ class Chain:
         return f"{pad}depthwise{bn1}, {self.activation}, pointwise{bn2}, {self.pointwise_activation}"
 
 
+class PointwiseChain:
+    """A pointwise convolution, a BN and perhaps an activation that belong to no site.
+
+    The names are those of :class:`Chain`.
+    """
+
+    def __init__(self, pointwise: fx.Node) -> None:
+        self.nodes = [pointwise]
+        self.pw = pointwise
+        self.bn2: fx.Node | None = None
+        self.pointwise_activation = "none"
+        self.carried_activations = (False, False)
+
+
 class NotASite(Exception):
     """The reason why a depthwise convolution does not start a site."""
 
@@ -67,9 +82,14 @@ def is_depthwise(module: nn.Module) -> bool:
     return module.groups > 1 or why_not_depthwise(module) is None
 
 
-def find_chains(graph: fx.Graph, modules: dict[str, nn.Module]) -> tuple[list[Chain], dict[nn.Module, str]]:
-    """All sites of ``graph``, and for every other depthwise convolution the reason why it is none."""
-    chains: list[Chain] = []
+def find_chains(
+    graph: fx.Graph, modules: dict[str, nn.Module]
+) -> tuple[list[Chain | PointwiseChain], dict[nn.Module, str]]:
+    """All sites of ``graph``, and for every other depthwise convolution the reason why it is none.
+
+    Where BNs are in training mode, also the other pointwise convolutions in front of one.
+    """
+    chains: list[Chain | PointwiseChain] = []
     reasons: dict[nn.Module, str] = {}
     for node in graph.nodes:
         if node.op != "call_module" or not is_depthwise(modules[node.target]):
@@ -78,13 +98,32 @@ def find_chains(graph: fx.Graph, modules: dict[str, nn.Module]) -> tuple[list[Ch
             chains.append(_chain_from(node, modules))
         except NotASite as reason:
             reasons[modules[node.target]] = str(reason)
+    chains += _pointwise_chains(graph, modules, {node for chain in chains for node in chain.nodes})
     while (chain := _overtaking(chains, graph, modules)) is not None:
         chains.remove(chain)
-        reasons[modules[chain.dw.target]] = "its BN is called elsewhere in the meantime, and would change its turn"
+        if isinstance(chain, Chain):
+            reasons[modules[chain.dw.target]] = "its BN is called elsewhere in the meantime, and would change its turn"
     return chains, reasons
 
 
-def _overtaking(chains: list[Chain], graph: fx.Graph, modules: dict[str, nn.Module]) -> Chain | None:
+def _pointwise_chains(
+    graph: fx.Graph, modules: dict[str, nn.Module], covered: set[fx.Node]
+) -> Iterator[PointwiseChain]:
+    """Those outside of ``covered`` whose BN takes the statistics of the batch."""
+    for node in graph.nodes:
+        if node.op != "call_module" or node in covered or input_of(node) is None:
+            continue
+        if node.all_input_nodes != [input_of(node)] or not is_plain_pointwise(modules[node.target]):
+            continue
+        chain = PointwiseChain(node)
+        _follow_after_pointwise(chain, modules)
+        if chain.bn2 is not None and modules[chain.bn2.target].training:
+            yield chain
+
+
+def _overtaking(
+    chains: list[Chain | PointwiseChain], graph: fx.Graph, modules: dict[str, nn.Module]
+) -> Chain | PointwiseChain | None:
     """A chain that runs a BN in training mode before an earlier call of that BN: running statistics have an order.
 
     A chain runs all its nodes in the place of the first one.
@@ -178,7 +217,7 @@ def _follow_to_pointwise(chain: Chain, conv: nn.Conv2d, modules: dict[str, nn.Mo
         chain.nodes.append(reader)
 
 
-def _follow_after_pointwise(chain: Chain, modules: dict[str, nn.Module]) -> None:
+def _follow_after_pointwise(chain: Chain | PointwiseChain, modules: dict[str, nn.Module]) -> None:
     """Take in a BN and an activation behind the pointwise convolution; anything else stays where it is."""
     passed_on: list[fx.Node] = []
     current = chain.pw
