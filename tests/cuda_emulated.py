@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
+import hashlib
 import os
 import shlex
 import subprocess
@@ -62,17 +64,25 @@ def without_preload() -> dict[str, str]:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Compiled once in a process; under the sanitizers that ``FUSEDSEP_SANITIZE`` names, as the extension is."""
-    with tempfile.TemporaryDirectory() as folder:
-        sanitizers = os.environ.get("FUSEDSEP_SANITIZE")
-        flags = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"] if sanitizers else ["-O2"]
-        objects = [Path(folder) / f"{source}.o" for source in SOURCES]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda path: compile_for_host(path.stem, path, "-c", "-fPIC", *flags), objects))
-        path = Path(folder) / "kernels.so"
-        link = [*shlex.split(os.environ.get("CXX", "c++")), "-shared", *flags, *map(str, objects), "-o", str(path)]
-        subprocess.run(link, check=True, timeout=600, env=without_preload())
-        loaded = ctypes.CDLL(str(path))
+    """Compiled once for all processes until a source changes; with the sanitizers of ``FUSEDSEP_SANITIZE``, if any."""
+    sanitizers = os.environ.get("FUSEDSEP_SANITIZE")
+    flags = ["-O1", "-g1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"] if sanitizers else ["-O2"]
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    digest = hashlib.sha256(repr((compiler, flags)).encode())
+    for path in sorted(path for folder in (KERNELS, ROOT / "csrc" / "kernels", HOST) for path in folder.iterdir()):
+        digest.update(path.read_bytes())
+    path = ROOT / "build" / "emulated" / f"{digest.hexdigest()[:16]}.so"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock, tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            objects = [Path(folder) / f"{source}.o" for source in SOURCES]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(lambda path: compile_for_host(path.stem, path, "-c", "-fPIC", *flags), objects))
+            link = [*compiler, "-shared", *flags, *map(str, objects), "-o", f"{folder}/kernels.so"]
+            subprocess.run(link, check=True, timeout=600, env=without_preload())
+            os.replace(f"{folder}/kernels.so", path)
+    loaded = ctypes.CDLL(str(path))
     loaded.packed_size.restype = ctypes.c_int64
     loaded.error_message.restype = ctypes.c_char_p
     return loaded
