@@ -23,7 +23,7 @@ from training_reference import arguments, assert_near, outcome, outcome_of_torch
 from twins import random
 
 import fusedsep
-from fusedsep import _ops
+from fusedsep import _ops, _pointwise
 from fusedsep._pointwise import PointwiseConv
 
 FORMATS = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
@@ -217,9 +217,15 @@ def test_wrong_arguments(index, wrong, message):
 # ------------------------------------------------------------------------------------------------------ fused networks
 
 
+@pytest.fixture
+def small_maps(monkeypatch):
+    """Maps of any size are worth a call."""
+    monkeypatch.setattr(_pointwise, "LEAST_NUMBERS", 0)
+
+
 @FORMATS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_expansions_train_in_one_operation(channels_last, dtype, pointwise_calls, training_calls):
+def test_expansions_train_in_one_operation(channels_last, dtype, pointwise_calls, training_calls, small_maps):
     model = randomized(MobileNetV2()).train().to(dtype)
     model.classifier[0].p = 0.0
     fused = fusedsep.fuse(model)
@@ -235,7 +241,7 @@ def test_expansions_train_in_one_operation(channels_last, dtype, pointwise_calls
     assert len(pointwise_calls) == 3
 
 
-def test_no_map_of_an_expansion_is_kept_but_its_product():
+def test_no_map_of_an_expansion_is_kept_but_its_product(small_maps):
     model = randomized(MobileNetV2()).train().double()
     model.classifier[0].p = 0.0
     fused, other = fusedsep.fuse(model), fusedsep.fuse(model)
@@ -250,7 +256,7 @@ def test_no_map_of_an_expansion_is_kept_but_its_product():
         assert torch.equal(ours.grad, theirs.grad)
 
 
-def test_second_derivatives_through_a_network():
+def test_second_derivatives_through_a_network(small_maps):
     model = nn.Sequential(
         *(pointwise(3, 6), nn.BatchNorm2d(6), nn.ReLU6()),
         *(depthwise(6), nn.BatchNorm2d(6), nn.ReLU6(), pointwise(6, 4), nn.BatchNorm2d(4)),
@@ -273,7 +279,7 @@ def with_expansion(bn=None, activation=None):
     return nn.Sequential(nn.Sequential(*first), nn.Sequential(*site))
 
 
-def test_modes_of_the_batch_norm(pointwise_calls):
+def test_modes_of_the_batch_norm(pointwise_calls, small_maps):
     model, fused = pair(with_expansion())
     x = random(2, 4, 8, 7)
     for network in (model, fused):
@@ -290,7 +296,7 @@ def test_modes_of_the_batch_norm(pointwise_calls):
 
 
 @pytest.mark.parametrize("momentum", [None, 0.3])
-def test_statistics_follow_without_gradients(momentum, pointwise_calls):
+def test_statistics_follow_without_gradients(momentum, pointwise_calls, small_maps):
     model, fused = pair(with_expansion(nn.BatchNorm2d(6, momentum=momentum)))
     with torch.no_grad():
         for x in (random(2, 4, 8, 7), random(1, 4, 5, 6)):
@@ -301,7 +307,7 @@ def test_statistics_follow_without_gradients(momentum, pointwise_calls):
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize("path", ["0", "0.0", "0.1", "0.2"])
-def test_hooks_see_what_they_always_saw(path, pointwise_calls):
+def test_hooks_see_what_they_always_saw(path, pointwise_calls, small_maps):
     model, fused = pair(with_expansion())
     seen = {}
     for network in (model, fused):
@@ -313,7 +319,7 @@ def test_hooks_see_what_they_always_saw(path, pointwise_calls):
 
 
 @pytest.mark.parametrize("what", ["replaced", "autocast", "one pixel", "three dimensions"])
-def test_what_it_leaves_to_the_modules(what, pointwise_calls):
+def test_what_it_leaves_to_the_modules(what, pointwise_calls, small_maps):
     model, fused = pair(with_expansion())
     x = random(2, 4, 8, 7)
     if what == "replaced":
@@ -331,13 +337,13 @@ def test_what_it_leaves_to_the_modules(what, pointwise_calls):
     assert not pointwise_calls
 
 
-def test_an_activation_inside_the_batch_norm(pointwise_calls, training_calls):
+def test_an_activation_inside_the_batch_norm(pointwise_calls, training_calls, small_maps):
     model, fused = pair(with_expansion(BatchNormAct2d(6), nn.Identity()))
     assert_trains_alike(model, fused, random(2, 4, 8, 7), steps=2)
     assert len(pointwise_calls) == len(training_calls) == 2
 
 
-def test_the_turns_of_a_shared_batch_norm(pointwise_calls):
+def test_the_turns_of_a_shared_batch_norm(pointwise_calls, small_maps):
     class TakesTurns(nn.Module):
         """Two convolutions with one BN: the one that starts first is not the first to update it."""
 
@@ -359,19 +365,27 @@ def test_the_turns_of_a_shared_batch_norm(pointwise_calls):
         assert len(pointwise_calls) == calls
 
 
-def test_networks_without_a_depthwise_convolution_stay_as_they_are(pointwise_calls):
+def test_networks_without_a_depthwise_convolution_stay_as_they_are(pointwise_calls, small_maps):
     model, fused = pair(nn.Sequential(pointwise(4, 6), nn.BatchNorm2d(6), nn.ReLU()))
     assert_trains_alike(model, fused, random(2, 4, 8, 7))
     assert not pointwise_calls
 
 
-def test_compiled(pointwise_calls):
+def test_compiled(pointwise_calls, small_maps):
     torch._dynamo.reset()
     model, fused = pair(with_expansion())
     x = random(2, 4, 8, 7)
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     assert_same(step(compiled, x), step(model, x))
     assert pointwise_calls
+
+
+@pytest.mark.parametrize(("size", "calls"), [((2, 4, 73, 74), 0), ((2, 4, 73, 75), 1)])
+def test_maps_too_small_to_be_worth_it(size, calls, pointwise_calls):
+    model, fused = pair(with_expansion())
+    assert_same(step(fused, random(*size)), step(model, random(*size)))
+    assert 6 * 2 * 73 * 74 < _pointwise.LEAST_NUMBERS <= 6 * 2 * 73 * 75
+    assert len(pointwise_calls) == calls
 
 
 def test_its_repr_tells_the_activation():
