@@ -44,9 +44,8 @@ class PointwiseConv:
         x, channels_last, _ = _kernel_path.dense(x)
         settings = PointwiseSettings(*_kernel_path.mode_and_eps(bn), ACTIVATION_CODES[self.activation], channels_last)
         trains = settings.bn_mode == BATCH_STATISTICS
-        if (
-            trains
-        ):  # what the batch takes the place of must not reach autograd, which would find it changed by this step
+        if trains:
+            # What the batch takes the place of must not reach autograd, which would find it changed by this step.
             operands = operands._replace(bn_mean=None, bn_var=None)
         y, _, mean, var, _ = _ops.pointwise_conv2d_training(x, *_kernel_path.contiguous(operands), *settings)
         if trains and bn.training and bn.track_running_stats:
