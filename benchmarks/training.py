@@ -106,6 +106,8 @@ def block(shape: Shape, batch: int) -> TrainingBlock:
 def network(name: str, width: float, resolution: int, batch: int) -> TrainingNetwork:
     module, images = network_and_input(width, resolution, batch)
     if name == "MobileNetV2":
+        if width != 1.0:
+            raise ValueError(f"MobileNetV2 is there in width 1.0 alone, not {width}")
         module = MobileNetV2()
     labels = torch.randint(1000, (batch,))
     return TrainingNetwork(name, f"{width}-{resolution}, batch {batch}", module, images, labels)

@@ -20,6 +20,7 @@ from ._checks import check_values_per_channel, checked_pads
 from ._fold import scale_and_shift_tensors
 from ._ops import BATCH_STATISTICS, FIXED_STATISTICS, NO_NORM, Operands, PointwiseOperands, Settings
 from ._padding import NO_PADS, Pads, convolution_pads
+from ._running_statistics import update_running_statistics
 
 if TYPE_CHECKING:
     from ._pointwise import PointwiseConv
@@ -275,9 +276,9 @@ def run_training(
     y, _, mean1, var1, mean2, var2, _ = _ops.separable_conv2d_training(x, *contiguous(operands), *settings)
     values_per_channel = y.shape[0] * y.shape[2] * y.shape[3]
     if bn1 is not None:
-        _training.update_running_statistics(bn1, mean1, var1, values_per_channel)
+        update_running_statistics(bn1, mean1, var1, values_per_channel)
     if bn2 is not None:
-        _training.update_running_statistics(bn2, mean2, var2, values_per_channel)
+        update_running_statistics(bn2, mean2, var2, values_per_channel)
     return y
 
 

@@ -11,9 +11,10 @@ import torch
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import _compat, _kernel_path, _ops, _sync, _training
+from . import _compat, _kernel_path, _ops, _sync
 from ._activations import ACTIVATION_CODES, apply_activation
 from ._ops import BATCH_STATISTICS, PointwiseOperands, PointwiseSettings
+from ._running_statistics import update_running_statistics
 
 #: Numbers in the output from which on the passes that are saved are worth more than what a call costs: a step of one
 #: layer is 0.8 to 1.0 times as fast as through the modules below, and 1.0 to 2.2 times as fast above.
@@ -49,7 +50,7 @@ class PointwiseConv:
             operands = operands._replace(bn_mean=None, bn_var=None)
         y, _, mean, var, _ = _ops.pointwise_conv2d_training(x, *_kernel_path.contiguous(operands), *settings)
         if trains and bn.training and bn.track_running_stats:
-            _training.update_running_statistics(bn, mean, var, y.shape[0] * y.shape[2] * y.shape[3])
+            update_running_statistics(bn, mean, var, y.shape[0] * y.shape[2] * y.shape[3])
         return y
 
     def composite(self, x: torch.Tensor, conv: nn.Conv2d, bn: _BatchNorm) -> torch.Tensor:

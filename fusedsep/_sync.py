@@ -15,9 +15,10 @@ import torch.nn as nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import _compat, _ops, _training
+from . import _compat, _ops
 from ._ops import BATCH_STATISTICS, FIXED_STATISTICS, NO_NORM, Operands, Settings
 from ._padding import output_size
+from ._running_statistics import update_running_statistics
 
 if TYPE_CHECKING:
     #: Who shares the statistics of the batch of the first BN, and of the second; ``None`` where nobody does.
@@ -60,7 +61,7 @@ def run(
     ):
         if bn is not None:
             mean = mean if bias is None else mean + bias.detach()
-            _training.update_running_statistics(bn, mean.to(x.dtype), var.to(x.dtype), count)
+            update_running_statistics(bn, mean.to(x.dtype), var.to(x.dtype), count)
     return y
 
 
@@ -83,7 +84,7 @@ def batch_norm(bn: nn.SyncBatchNorm, x: torch.Tensor) -> torch.Tensor:
     centered = x - mean.to(x.dtype).view(-1, 1, 1)
     var = _SumOverProcesses.apply(centered.square().sum(dims, dtype=torch.double), group) / max(count, 1)
     if bn.track_running_stats:
-        _training.update_running_statistics(bn, mean.detach().to(x.dtype), var.detach().to(x.dtype), count)
+        update_running_statistics(bn, mean.detach().to(x.dtype), var.detach().to(x.dtype), count)
     y = centered * torch.rsqrt(var + bn.eps).to(x.dtype).view(-1, 1, 1)
     y = y if bn.weight is None else y * bn.weight.view(-1, 1, 1)
     return y if bn.bias is None else y + bn.bias.view(-1, 1, 1)

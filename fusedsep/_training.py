@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Automatic differentiation of the operators, and what a training step does besides.
+"""Automatic differentiation of the operators.
 
 Importing this module installs the operators' kernels for autograd: whoever calls ``torch.ops.fusedsep.*``, in Python,
 in a compiled graph or in C++, gets right gradients or an error.
@@ -116,36 +116,36 @@ def _composite_normalization(
 # ----------------------------------------------------------------------------------------------------------- operators
 
 
-class _Operator(NamedTuple):
+class _Operator:
     """A training operator: ``(x, *operands, *settings) -> (y, p, mean and variance of each BN, normalization)``.
 
-    Attributes:
+    Args:
         name: in :mod:`fusedsep._ops`; its backward operator is called ``{name}_backward``.
-        forward: the operator.
         function: its :class:`torch.autograd.Function`.
         operands, settings: the types of its arguments.
         norms: the names of its BNs there.
         maps: the same through ATen.
     """
 
-    name: str
-    forward: Callable[..., tuple[torch.Tensor, ...]]
-    function: type[torch.autograd.Function]
-    operands: type[AnyOperands]
-    settings: type[AnySettings]
-    norms: tuple[str, ...]
-    maps: Callable[[torch.Tensor, Any, Any], _Maps]
-
-    @property
-    def tensors(self) -> int:
-        """How many arguments are the map or an operand."""
-        return 1 + len(self.operands._fields)
-
-    @property
-    def differentiable(self) -> list[int]:
-        """Which of them the gradients of ``backward`` belong to, in the order of its results."""
-        names = self.operands._fields
-        return [0, *(1 + i for i, name in enumerate(names) if not name.endswith(("_mean", "_var")))]
+    def __init__(
+        self,
+        name: str,
+        function: type[torch.autograd.Function],
+        operands: type[AnyOperands],
+        settings: type[AnySettings],
+        norms: tuple[str, ...],
+        maps: Callable[[torch.Tensor, Any, Any], _Maps],
+    ) -> None:
+        self.name, self.function, self.operands, self.settings = name, function, operands, settings
+        self.norms, self.maps = norms, maps
+        self.forward: Callable[..., tuple[torch.Tensor, ...]] = getattr(_ops, name)
+        #: How many arguments are the map or an operand.
+        self.tensors = 1 + len(operands._fields)
+        #: Which of them the gradients of the backward operator belong to, in the order of its results.
+        self.differentiable = [
+            0,
+            *(1 + i for i, field in enumerate(operands._fields) if not field.endswith(("_mean", "_var"))),
+        ]
 
     def split(self, arguments: Sequence[Any]) -> tuple[torch.Tensor, Any, Any]:
         """The map, operands and settings of a call."""
@@ -182,17 +182,10 @@ class PointwiseConvFunction(torch.autograd.Function):
 #: By the type of the settings.
 _OPERATORS: dict[type, _Operator] = {
     Settings: _Operator(
-        "separable_conv2d_training",
-        _ops.separable_conv2d_training,
-        SeparableConvFunction,
-        Operands,
-        Settings,
-        ("bn1", "bn2"),
-        _separable_maps,
+        "separable_conv2d_training", SeparableConvFunction, Operands, Settings, ("bn1", "bn2"), _separable_maps
     ),
     PointwiseSettings: _Operator(
         "pointwise_conv2d_training",
-        _ops.pointwise_conv2d_training,
         PointwiseConvFunction,
         PointwiseOperands,
         PointwiseSettings,
@@ -370,35 +363,3 @@ for _overload in (
     _ops.depthwise_backward,
 ):
     _library.impl(_overload, _refusing_kernel(_overload, "call it under torch.no_grad()"), "Autograd")
-
-
-# -------------------------------------------------------------------------------------------------- running statistics
-
-
-def update_running_statistics(bn: Any, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
-    """What ``nn.BatchNorm2d`` does to its buffers in a training step.
-
-    Args:
-        bn: ``nn.BatchNorm2d``, or anything else with its ``running_mean``, ``running_var`` and ``momentum``; a
-            ``num_batches_tracked`` is welcome.
-        mean, var: of the batch; ``var`` is the biased one.
-        count: how many values a channel they are taken from; none leaves the running ones as they are.
-    """
-    with torch.no_grad():
-        weight = bn.momentum
-        counter = getattr(bn, "num_batches_tracked", None)
-
-        def follow(running: torch.Tensor, value: torch.Tensor, weight: float | torch.Tensor) -> None:
-            if running.dtype == value.dtype:
-                running.lerp_(value, weight)
-            else:  # 16-bit maps have float32 statistics
-                running.copy_(running.to(value.dtype).lerp_(value, weight))
-
-        if counter is not None:
-            counter.add_(1)
-            if weight is None:  # the average over all batches so far
-                weight = counter.to(mean.dtype).reciprocal()
-        if bn.running_mean is not None and count > 0:
-            weight = 0.0 if weight is None else weight
-            follow(bn.running_mean, mean, weight)
-            follow(bn.running_var, var * (count / (count - 1)), weight)

@@ -16,10 +16,10 @@ from models import BatchNormAct2d, MobileNetV2, depthwise, pointwise
 from randomize import randomized
 from test_kept_input import every_input_kept, kept_maps
 from test_training_kernels import assert_bits_equal
-from test_training_ops import assert_fakes_are_alike
+from test_training_ops import assert_fakes_are_alike, assert_transforms
 from torch.autograd import forward_ad
 from training_pairs import in_format, step
-from training_reference import arguments, assert_near, outcome, outcome_of_torch, run, settings
+from training_reference import arguments, assert_near, outcome, outcome_of_torch, run, settings, shared_arguments
 from twins import random
 
 import fusedsep
@@ -75,7 +75,7 @@ def test_every_shape(isa, case, dtype):
     if dtype == torch.float32 and values <= 2:
         dtype = torch.float64  # BN of two values has no gradient at all: what float32 leaves of it is rounding
     distance = 1e-9 if dtype == torch.float64 else min(3e-7 if case in LARGE else 1e-4, 1 / (40 * values))
-    given = arguments(case, (2,), distance=distance)
+    given = shared_arguments(case, (2,), distance=distance)
     assert_near(given, dtype, *(outcome(given, dtype, channels_last) for channels_last in (False, True)))
 
 
@@ -84,7 +84,7 @@ def test_every_shape(isa, case, dtype):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_every_mode(isa, mode, activation, bias, channels_last):
-    given = arguments(Case(9, 17, 7, 39, batch=2, pointwise_activation=activation), (mode,), bias, seed=3)
+    given = shared_arguments(Case(9, 17, 7, 39, batch=2, pointwise_activation=activation), (mode,), bias, seed=3)
     expected = outcome_of_torch(given)
     for ours, exact in zip(outcome(given, torch.double, channels_last), expected, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-11)
@@ -93,7 +93,7 @@ def test_every_mode(isa, mode, activation, bias, channels_last):
 @FORMATS
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_bits_do_not_depend_on_threads_or_run(isa, case, channels_last):
-    given = arguments(case, (2,), distance=0)
+    given = shared_arguments(case, (2,), distance=0)
     torch.set_num_threads(1)
     expected = list(itertools.chain(*run(given, torch.float32, channels_last)))
     for threads in (1, 2, 3, 5):
@@ -103,7 +103,7 @@ def test_bits_do_not_depend_on_threads_or_run(isa, case, channels_last):
 
 @FORMATS
 def test_only_what_is_wanted(isa, channels_last):
-    given = arguments(Case(9, 17, 7, 35, batch=2), (1,), bias=True)
+    given = shared_arguments(Case(9, 17, 7, 35, batch=2), (1,), bias=True)
     _, everything = run(given, channels_last=channels_last)
     for wanted in [*(1 << bit for bit in range(5)), 0, 0b00011, 0b11100]:
         _, some = run(given, channels_last=channels_last, wanted=wanted)
@@ -180,17 +180,7 @@ def test_second_derivatives(channels_last, mode):
 
 
 def test_transforms():
-    x, *rest = call_of()
-
-    def function(x):
-        return _ops.pointwise_conv2d_training(x, *rest)[0].square().sum()
-
-    leaf = x.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(function(leaf), leaf)
-    assert_same([torch.func.grad(function)(x)], [expected])
-    assert_same([torch.func.jvp(function, (x,), (x,))[1]], [(expected * x).sum()])
-    batch = torch.stack([x, 2 * x])
-    assert_same([torch.func.vmap(function)(batch)], [torch.stack([function(x), function(2 * x)])])
+    assert_transforms(_ops.pointwise_conv2d_training, *call_of())
 
 
 @pytest.mark.parametrize(

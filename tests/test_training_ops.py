@@ -174,11 +174,11 @@ def test_a_direct_call_is_differentiable(channels_last, modes):
     assert_same(torch.autograd.grad(y, leaves, grad_y), torch.autograd.grad(expected, leaves, grad_y))
 
 
-def test_transforms_of_a_direct_call():
-    x, *rest = arguments()
+def assert_transforms(operator, x, *rest):
+    """``torch.func`` finds what autograd finds."""
 
     def function(x):
-        return _ops.separable_conv2d_training(x, *rest)[0].square().sum()
+        return operator(x, *rest)[0].square().sum()
 
     leaf = x.clone().requires_grad_()
     (expected,) = torch.autograd.grad(function(leaf), leaf)
@@ -186,6 +186,10 @@ def test_transforms_of_a_direct_call():
     assert_same([torch.func.jvp(function, (x,), (x,))[1]], [(expected * x).sum()])
     batch = torch.stack([x, 2 * x])
     assert_same([torch.func.vmap(function)(batch)], [torch.stack([function(x), function(2 * x)])])
+
+
+def test_transforms_of_a_direct_call():
+    assert_transforms(_ops.separable_conv2d_training, *arguments())
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals
