@@ -92,8 +92,7 @@ each_block = pytest.mark.parametrize("shape", shapes.mobilenet_v1(1.0, 224), ids
 
 def _block_and_input(monkeypatch, shape, format_name, dtype):
     torch.manual_seed(0)
-    for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):  # float32 is float32 for everyone
-        monkeypatch.setattr(backend, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # float32 is float32 for everyone
     block = reference.DepthwiseSeparableBlock(shape.in_channels, shape.out_channels, shape.stride)
     x = torch.randn(BATCH, shape.in_channels, shape.size, shape.size)
     return block.to("cuda", dtype), x.to("cuda", dtype).contiguous(memory_format=FORMATS[format_name])

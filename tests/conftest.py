@@ -10,6 +10,11 @@ import sys
 # Before torch loads OpenMP: threads that wait for work leave their core to the other processes of a run.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import emulated_gpu
+
+if emulated_gpu.IS_WANTED:
+    emulated_gpu.install()
+
 import pytest
 import torch
 from build_files import setup_cuda
@@ -23,6 +28,7 @@ _LACKING = {
     "needs_avx2": lambda: "avx2" not in _C.supported_isas(),
     "needs_avx512": lambda: "avx512" not in _C.supported_isas(),
     "needs_cuda": lambda: not torch.cuda.is_available(),
+    "needs_gpu": lambda: emulated_gpu.IS_WANTED or not torch.cuda.is_available(),
     "needs_cuda_build": lambda: importlib.util.find_spec("fusedsep._C_cuda") is None,
     "needs_nvcc": lambda: setup_cuda.find_nvcc() is None,
 }

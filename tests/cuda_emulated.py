@@ -4,32 +4,19 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
-import hashlib
-import os
-import shlex
-import subprocess
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
+import host_build
 import numpy as np
 import tolerance
 from cases import ACTIVATION_CODES, Case, Operands
-
-ROOT = Path(__file__).resolve().parent.parent
-HOST, KERNELS = ROOT / "tests" / "cuda_host", ROOT / "csrc" / "cuda"
+from host_build import HOST
 
 #: Name of an element type -> its number in tests/cuda_host/kernels.cpp, and bits of its significand.
 TYPES = {"float32": (0, 24), "float16": (1, 11), "bfloat16": (2, 8)}
 #: Number of significant bits of TF32.
 TF32_BITS = 11
-
-
-#: What runs on the host, the longest first.
-SOURCES = ("forward.cu", "training.cu", "kernels.cpp", "training.cpp")
 
 
 class Plan(NamedTuple):
@@ -44,45 +31,11 @@ CHOSEN = Plan(-1)
 PLANS = [*(Plan(shape) for shape in range(3)), *(Plan(shape, True, slices) for shape in range(3) for slices in (1, 2))]
 
 
-def compile_for_host(source: str, output: Path, *flags: str) -> None:
-    """``source`` of tests/cuda_host, or of csrc/cuda, with the emulation."""
-    path = HOST / source
-    command = [
-        *shlex.split(os.environ.get("CXX", "c++")),
-        *("-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
-        *flags,
-        *(f"-I{folder}" for folder in (KERNELS, HOST)),
-        *("-x", "c++", str(path if path.exists() else KERNELS / source), "-o", str(output)),
-    ]
-    subprocess.run(command, check=True, timeout=600, env=without_preload())
-
-
-def without_preload() -> dict[str, str]:
-    """The environment of a compiler, or of a program with a sanitizer of its own, in a run under a sanitizer."""
-    return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-
-
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Compiled once for all processes until a source changes; with the sanitizers of ``FUSEDSEP_SANITIZE``, if any."""
-    sanitizers = os.environ.get("FUSEDSEP_SANITIZE")
-    flags = ["-O1", "-g1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"] if sanitizers else ["-O2"]
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    digest = hashlib.sha256(repr((compiler, flags)).encode())
-    for path in sorted(path for folder in (KERNELS, ROOT / "csrc" / "kernels", HOST) for path in folder.iterdir()):
-        digest.update(path.read_bytes())
-    path = ROOT / "build" / "emulated" / f"{digest.hexdigest()[:16]}.so"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock, tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            objects = [Path(folder) / f"{source}.o" for source in SOURCES]
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(lambda path: compile_for_host(path.stem, path, "-c", "-fPIC", *flags), objects))
-            link = [*compiler, "-shared", *flags, *map(str, objects), "-o", f"{folder}/kernels.so"]
-            subprocess.run(link, check=True, timeout=600, env=without_preload())
-            os.replace(f"{folder}/kernels.so", path)
-    loaded = ctypes.CDLL(str(path))
+    """The kernels, and the functions of tests/cuda_host that call them."""
+    sources = [HOST / "training.cpp", HOST / "kernels.cpp"]
+    loaded = ctypes.CDLL(str(host_build.library("calls.so", sources, host_build.optimized(), host_build.kernels())))
     loaded.packed_size.restype = ctypes.c_int64
     loaded.error_message.restype = ctypes.c_char_p
     return loaded

@@ -12,6 +12,7 @@ import tolerance
 import torch
 from cases import ACTIVATION_CODES, Case
 from cuda_emulated import TYPES, rounded, within_bound
+from emulated_gpu import each_case
 
 import fusedsep
 from fusedsep import _cuda, _ops
@@ -23,8 +24,7 @@ FORMATS = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "
 
 @pytest.fixture(autouse=True)
 def _float32_is_float32(monkeypatch):
-    for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
-        monkeypatch.setattr(backend, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def run(case, operands, channels_last, type_name="float32"):
@@ -63,7 +63,7 @@ def run(case, operands, channels_last, type_name="float32"):
 
 @FORMATS
 @pytest.mark.parametrize("type_name", TYPES)
-@pytest.mark.parametrize("case", cases.ALL, ids=str)
+@each_case(cases.ALL)
 def test_error_is_within_its_bound(case, type_name, channels_last):
     operands = rounded(cases.operands(case), type_name)
     y = run(case, operands, channels_last, type_name)
@@ -71,7 +71,7 @@ def test_error_is_within_its_bound(case, type_name, channels_last):
 
 
 @FORMATS
-@pytest.mark.parametrize("case", cases.LAYERS, ids=str)
+@each_case(cases.LAYERS)
 def test_tf32_where_it_is_allowed(case, channels_last, monkeypatch):
     operands = cases.operands(case)
     expected = cases.reference(case, operands)
@@ -83,7 +83,7 @@ def test_tf32_where_it_is_allowed(case, channels_last, monkeypatch):
 
 
 @FORMATS
-@pytest.mark.parametrize("case", cases.LAYERS, ids=str)
+@each_case(cases.LAYERS)
 def test_error_is_that_of_aten(case, channels_last):
     operands = cases.operands(case)
     expected = cases.reference(case, operands)
@@ -205,6 +205,7 @@ def test_same_bits_every_time():
         assert torch.equal(block(x[1:2]), y[1:2])
 
 
+@pytest.mark.needs_gpu
 def test_graph_capture():
     block, _ = blocks()
     block, x = block.cuda(), torch.randn(3, 24, 13, 11, device="cuda")
@@ -244,6 +245,7 @@ def test_every_device():
             assert_near(y, twin(x))
 
 
+@pytest.mark.needs_gpu
 def test_compile(kernel_calls):
     block, twin = (module.cuda() for module in blocks())
     x = torch.randn(3, 24, 13, 11, device="cuda")
@@ -251,6 +253,7 @@ def test_compile(kernel_calls):
         assert_near(torch.compile(block, fullgraph=True)(x), twin(x))
 
 
+@pytest.mark.needs_gpu
 @FORMATS
 def test_more_than_two_to_the_31_elements(channels_last):
     shape = (3, 64, 3400, 3400)

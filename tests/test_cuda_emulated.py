@@ -19,14 +19,13 @@ from cuda_emulated import (
     PLANS,
     TYPES,
     chosen_plan,
-    compile_for_host,
     library,
     packed_size,
     rounded,
     separable_conv2d,
     within_bound,
-    without_preload,
 )
+from host_build import HOST, compile_for_host, without_preload
 
 FORMATS = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 #: Partial tiles of pixels and of channels in every plan; several images in a tile; vectors that do not fit.
@@ -242,14 +241,14 @@ def run_program(path):
 
 def test_the_emulation_finds_what_is_wrong(tmp_path):
     """A barrier missing or not reached by all; shared memory not written; an asynchronous copy not waited for."""
-    compile_for_host("faults.cpp", tmp_path / "faults", "-O1")
+    compile_for_host(HOST / "faults.cpp", tmp_path / "faults", "-O1")
     finished = run_program(tmp_path / "faults")
     assert finished.stdout.split() == ["right", "barrier:found", "divergence:found", "unwritten:found", "wait:found"]
 
 
 def test_no_data_race_in_threads(tmp_path):
     """The threads of a block as real threads, under ThreadSanitizer."""
-    compile_for_host("races.cpp", tmp_path / "races", "-O1", "-g", "-fsanitize=thread", "-DEMULATE_WITH_THREADS")
+    compile_for_host(HOST / "races.cpp", tmp_path / "races", "-O1", "-g", "-fsanitize=thread", "-DEMULATE_WITH_THREADS")
     finished = run_program(tmp_path / "races")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert finished.stdout == "no races\n"

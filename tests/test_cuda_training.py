@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import itertools
 
+import emulated_gpu
 import pytest
 import torch
 import torch.nn as nn
 from cases import Case
+from emulated_gpu import each_case
 from tolerance import FACTOR_TO_TORCH
 from torch.utils.checkpoint import checkpoint_sequential
 from training_pairs import in_format, pair, step
@@ -36,20 +38,20 @@ FORMATS = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 #: BN of two values has no gradient at all: what float32 leaves of it is rounding.
 SHAPES = [*(case for case in CASES if case.batch * case.out_shape[2] * case.out_shape[3] > 2), *LARGE]
+SMALL = Case(16, 24, 20, 20, batch=2, pointwise_activation="relu")
 
 
 @pytest.fixture(autouse=True)
 def _training_kernels(monkeypatch):
     """In use, and beside them ATen's without TF32."""
     monkeypatch.setattr(_cuda, "_trains", True)
-    for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
-        monkeypatch.setattr(backend, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 # ------------------------------------------------------------------------------------------------------ the operators
 
 
-@pytest.mark.parametrize("case", SHAPES, ids=str)
+@each_case(SHAPES)
 def test_every_shape(case):
     distance = min(3e-7 if case in LARGE else 1e-4, 1.0 / (40 * torch.Size(case.out_shape).numel()))
     given = arguments(case, distance=distance)
@@ -75,7 +77,7 @@ def test_a_large_mean_does_not_cancel(mean):
 
 
 @FORMATS
-@pytest.mark.parametrize("case", LARGE, ids=str)
+@each_case([SMALL, *LARGE])
 def test_error_is_that_of_aten_on_the_device(case, channels_last):
     given = arguments(case, distance=0)
     ours = outcome(given, torch.float32, channels_last, device="cuda")
@@ -89,7 +91,7 @@ def test_error_is_that_of_aten_on_the_device(case, channels_last):
 
 @FORMATS
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", LARGE, ids=str)
+@each_case([SMALL, *LARGE])
 def test_16_bit_types(case, dtype, channels_last):
     given = arguments(case, bias=True, distance=0)
     operands = tuple(None if t is None else t.to(dtype).double() for t in given.operands)
@@ -103,11 +105,11 @@ def test_16_bit_types(case, dtype, channels_last):
 
 @FORMATS
 @DTYPES
-@pytest.mark.parametrize("case", LARGE, ids=str)
+@each_case([SMALL, *LARGE])
 def test_same_bits_every_time(case, dtype, channels_last):
     given = arguments(case, distance=0)
     expected = [tensor.clone() for tensor in itertools.chain(*run(given, dtype, channels_last, device="cuda"))]
-    for _ in range(10):
+    for _ in range(2 if emulated_gpu.IS_WANTED else 10):
         actual = itertools.chain(*run(given, dtype, channels_last, device="cuda"))
         assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
@@ -125,7 +127,11 @@ def test_only_what_is_wanted(channels_last):
 @FORMATS
 def test_every_element_is_written(channels_last):
     torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
-    for case in (*LARGE, Case(3, 5, 7, 6, 2, (0, 0, 0, 0), batch=2), Case(5, 6, 9, 9, dilation=3, batch=2)):
+    for case in (
+        *LARGE[: 1 if emulated_gpu.IS_WANTED else None],
+        Case(3, 5, 7, 6, 2, (0, 0, 0, 0), batch=2),
+        Case(5, 6, 9, 9, dilation=3, batch=2),
+    ):
         outputs, gradients = run(arguments(case, distance=0), torch.float32, channels_last, device="cuda")
         assert all(torch.isfinite(tensor).all() for tensor in (*outputs, *gradients))
 
@@ -159,14 +165,14 @@ def gpu_step(model, x):
     return step(model, x, torch.ones_like)
 
 
-def close_in_the_mean(ours, theirs, eps):
+def close_in_the_mean(ours, theirs, eps, absolute=None):
     for one, other in zip(ours, theirs, strict=True):
         assert one.dtype == other.dtype
         one, other = one.double(), other.double()
-        assert (one - other).square().mean().sqrt() <= eps * other.abs().max() + eps
+        assert (one - other).square().mean().sqrt() <= eps * other.abs().max() + (absolute or eps)
 
 
-def maps(channels_last, dtype=torch.float32, size=19):
+def maps(channels_last, dtype=torch.float32, size=11):
     torch.manual_seed(1)
     return in_format(torch.randn(4, 24, size, size, device="cuda", dtype=dtype), channels_last)
 
@@ -197,7 +203,8 @@ def test_frozen_and_absent_batch_norms(backward_calls, norms, channels_last):
     x = in_format(torch.randn(3, 5, 13, 11, device="cuda"), channels_last)
     ours, theirs = (gpu_step(module, x) for module in (block, twin))
     assert len(backward_calls) == 1
-    close_in_the_mean(ours, theirs, 1e-5)
+    # A bias in front of a BN of the batch has no gradient; ATen's is what rounding leaves of its sums.
+    close_in_the_mean(ours, theirs, 1e-5, absolute=1e-3)
 
 
 def test_momentum_none_and_16_bits():
@@ -259,6 +266,7 @@ def whole_step(model, x, optimizer):
     optimizer.step()
 
 
+@pytest.mark.needs_gpu
 @FORMATS
 def test_graph_capture_of_a_training_step(channels_last):
     blocks, _ = networks()
@@ -309,6 +317,7 @@ def test_every_device():
         close_in_the_mean(ours, theirs, 1e-5)
 
 
+@pytest.mark.needs_gpu
 def test_compile(training_calls):
     blocks, twins = networks()
     compiled = torch.compile(blocks, fullgraph=True)
@@ -318,6 +327,7 @@ def test_compile(training_calls):
     close_in_the_mean(ours, theirs, 1e-5)
 
 
+@pytest.mark.needs_gpu
 @FORMATS
 def test_maps_of_more_than_two_to_the_31_elements(channels_last):
     dtype = torch.float16 if channels_last else torch.float32  # what the kernels take

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from cases import Case
-from cuda_emulated import bits_of, compile_for_host, numbers_of
+from cuda_emulated import bits_of, numbers_of
 from cuda_training_emulated import DEVICE, outcome, run
+from host_build import HOST, compile_for_host
 from test_cuda_emulated import run_program
 from tolerance import FACTOR_TO_TORCH
 from training_reference import CASES, LARGE, MODES, arguments, assert_near, outcome_of_torch
@@ -202,7 +203,7 @@ def test_an_empty_batch(channels_last):
 def test_no_data_race_in_threads(tmp_path):
     """The threads of a block as real threads, under ThreadSanitizer."""
     flags = ("-O1", "-g", "-fsanitize=thread", "-DEMULATE_WITH_THREADS")
-    compile_for_host("training_races.cpp", tmp_path / "races", *flags)
+    compile_for_host(HOST / "training_races.cpp", tmp_path / "races", *flags)
     finished = run_program(tmp_path / "races")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert finished.stdout == "no races\n"
