@@ -61,6 +61,15 @@ def import_build_extension() -> tuple[type, type, str]:
     return BuildExtension, CppExtension, torch.__version__
 
 
+def include_folders() -> list[str]:
+    """Of both extensions. Some versions of torch bring pybind11, but forbid it beside the stable ABI (2.11 does)."""
+    try:
+        import pybind11
+    except ImportError as error:
+        stop(f"pybind11 must be importable at build time ({error}); `pip install .` arranges that.")
+    return [pybind11.get_include(), str(ROOT / "build" / "generated")]
+
+
 def check_compiler() -> None:
     command = shlex.split(os.environ.get("CXX", "c++"))[0]
     if shutil.which(command) is None:
@@ -129,7 +138,7 @@ def main() -> None:
     extension = cpp_extension(
         "fusedsep._C",
         [str(path) for path in sorted(BINDINGS.glob("*.cpp"))],
-        include_dirs=[str(ROOT / "build" / "generated")],
+        include_dirs=include_folders(),
         depends=[str(path) for folder in (KERNELS, BINDINGS) for path in sorted(folder.glob("*.h"))],
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
         extra_compile_args=common_flags(),
@@ -137,7 +146,9 @@ def main() -> None:
     )
     extensions = [extension]
     if cuda is not None:
-        extensions.append(cuda.extension(cpp_extension, ROOT, common_flags(), extension.extra_link_args))
+        extensions.append(
+            cuda.extension(cpp_extension, ROOT, include_folders(), common_flags(), extension.extra_link_args)
+        )
     setup(
         libraries=libraries(machine),
         ext_modules=extensions,

@@ -89,11 +89,18 @@ class CudaBuild(NamedTuple):
         folder = "-".join(("cuda", self.version, *targets())) if targets() != TARGETS else f"cuda-{self.version}"
         return [root / "build" / folder / f"{source.stem}.o" for source in sources(root)]
 
-    def extension(self, cpp_extension: Any, root: Path, compile_flags: list[str], link_flags: list[str]) -> Any:
+    def extension(
+        self,
+        cpp_extension: Any,
+        root: Path,
+        include_folders: list[str],
+        compile_flags: list[str],
+        link_flags: list[str],
+    ) -> Any:
         return cpp_extension(
             "fusedsep._C_cuda",
             [str(path) for path in sorted(BINDINGS.glob("*.cpp"))],
-            include_dirs=[str(root / "build" / "generated")],
+            include_dirs=include_folders,
             depends=[
                 str(path)
                 for folder in (SOURCES, BINDINGS.parent, Path("csrc/kernels"))
