@@ -201,9 +201,24 @@ Ahead<T> rows_ahead(const SeparableParams<T>& p, const Tile& tile) {
   return {read_until(end), read_until(min_of(pixels, end + tile.end - tile.begin))};
 }
 
+// Asks for what the output row behind `segment` reads first: `count` elements of each column, which lie in the rows
+// behind its last tap row. To L2: until that row comes, the rest of this one passes through L1.
+template <typename T>
+FUSEDSEP_INLINE void fetch_next_row(const SeparableParams<T>& p, const Segment<T>& segment, int64_t columns,
+                                    int64_t channel, int64_t count) {
+  if (segment.row[2] == nullptr) return;
+  for (int64_t row = 1; row <= p.stride; ++row) {
+    const T* x = segment.row[2] + row * p.width * p.in_channels + channel;
+    for (int64_t column = 0; column < columns; ++column, x += p.in_channels) {
+      for (int64_t k = 0; k < count; k += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + k, 0, 2);
+    }
+  }
+}
+
+// `fetch_ahead`: where x is not in the caches yet, as a map is that was written as a whole before it is read.
 template <class V>
 void depthwise_channels_last(const SeparableParams<typename V::T>& p, const Tile& tile, int64_t channel_begin,
-                             int64_t channel_end, typename V::T* scratch) {
+                             int64_t channel_end, typename V::T* scratch, bool fetch_ahead = false) {
   using T = typename V::T;
   using Half = typename V::Half;
   constexpr int L = V::kLanes;
@@ -255,6 +270,7 @@ void depthwise_channels_last(const SeparableParams<typename V::T>& p, const Tile
         const int64_t count = reach.run(j, min_of(block.size - done, p.out_width - j));
         const Taps taps = reach.taps(j);
         const Segment<T> segment = segment_at(p, image, i, j, count);
+        if (fetch_ahead) fetch_next_row(p, segment, count * p.stride, group, group_end - group);
         T* out = scratch + block.begin * padded + done * L;
         int64_t c = group;
         for (; c + L <= group_end; c += L) {

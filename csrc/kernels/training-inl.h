@@ -248,7 +248,7 @@ Ahead<T> next_tile(const T* map, const SeparableParams<T>& conv, const Tile& til
 template <class V>
 void raw_depthwise(const SeparableParams<typename V::T>& conv, const Tile& tile, typename V::T* d) {
   if (conv.channels_last) {
-    depthwise_channels_last<V>(conv, tile, 0, conv.in_channels, d);
+    depthwise_channels_last<V>(conv, tile, 0, conv.in_channels, d, true);
   } else if (conv.stride == 1) {
     depthwise_nchw<V, 1>(conv, tile, 0, conv.in_channels, d);
   } else {
