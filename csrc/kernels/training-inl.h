@@ -83,19 +83,27 @@ void pack_matrix_columns(const typename V::T* m, int64_t rows, int64_t columns, 
                          int64_t end, typename V::T* out) {
   constexpr int64_t L = V::kLanes, kColumns = Tiling<V>::kTileColumns;
   const int64_t results = transposed ? columns : rows, depth = transposed ? rows : columns;
-  for (int64_t q = begin; q < end; q += L) {
+  // [L terms][L results] from (k, q) on.
+  const auto pack_square = [&](int64_t k, int64_t q) __attribute__((always_inline)) {
     const int64_t panel = q / kColumns * kColumns, width = min_of(kColumns, round_up(results, L) - panel);
-    typename V::T* to = out + panel * depth + (q - panel);
+    const int64_t terms = min_of(L, depth - k);
+    typename V::T* to = out + panel * depth + k * width + (q - panel);
+    V square[L];
+    if (transposed) {
+      load_square<V>(m + k * columns + q, columns, terms, results - q, square);
+    } else {
+      load_square<V>(m + q * columns + k, columns, results - q, depth - k, square);
+      V::transpose(square);
+    }
+    for (int64_t i = 0; i < terms; ++i) square[i].store(to + i * width);
+  };
+  if (transposed) {  // in the order of the matrix's rows, either way
     for (int64_t k = 0; k < depth; k += L) {
-      const int64_t terms = min_of(L, depth - k);
-      V square[L];
-      if (transposed) {
-        load_square<V>(m + k * columns + q, columns, terms, results - q, square);
-      } else {
-        load_square<V>(m + q * columns + k, columns, results - q, depth - k, square);
-        V::transpose(square);
-      }
-      for (int64_t i = 0; i < terms; ++i) square[i].store(to + (k + i) * width);
+      for (int64_t q = begin; q < end; q += L) pack_square(k, q);
+    }
+  } else {
+    for (int64_t q = begin; q < end; q += L) {
+      for (int64_t k = 0; k < depth; k += L) pack_square(k, q);
     }
   }
 }
