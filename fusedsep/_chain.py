@@ -31,7 +31,7 @@ class LayerChain:
         self.elements, self.residuals = elements, residuals
         self.modules = [module for element in elements for module in element.modules]
         self._is_map = not isinstance(elements[-1], Classifier)
-        self._has_images = isinstance(elements[0], Convolution) and not elements[0].is_pointwise
+        self._has_images = isinstance(elements[0], Convolution) and elements[0].reads_images
         self._sites = [element.frozen for element in elements if isinstance(element, FrozenSite)]
         self._packed = _kernel_path.PackedCache()
         self._layers: dict[tuple[int, int, bool], list[int] | None] = {}

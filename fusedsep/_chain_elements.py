@@ -31,12 +31,13 @@ class Convolution:
     """A convolution, its BN and its activation: ``activation(bn(conv(pad(x))))``.
 
     Args:
-        conv: a 1x1 convolution; or one of 3x3 taps and few channels, not grouped, with one stride (1 or 2) and one
-            dilation for both directions, padded with zeros.
+        conv: padded with zeros, with one stride (1 or 2) and one dilation for both directions, and one of: a 1x1
+            convolution; one of 3x3 taps and few channels, not grouped; a depthwise one of 3x3, 5x5 or 7x7 taps, whose
+            dilation is 1.
         bn: in eval mode with running statistics, or ``None``.
         activation: its name.
         modules: all that it stands for, as they are called.
-        pads: zeros that are put around the map of a 3x3 convolution besides its own.
+        pads: zeros that are put around the map of the second kind besides its own.
         carried: ``bn`` applies the activation itself.
     """
 
@@ -52,6 +53,12 @@ class Convolution:
         self.conv, self.bn, self.activation, self.modules = conv, bn, activation, modules
         self.pads, self.carried = pads, carried
         self.is_pointwise = tuple(conv.kernel_size) == (1, 1)
+        self.is_depthwise = not self.is_pointwise and conv.groups > 1
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether its map may be NCHW."""
+        return not self.is_pointwise and not self.is_depthwise
 
     @property
     def in_channels(self) -> int:
@@ -67,6 +74,8 @@ class Convolution:
     def pack(self, nchw: bool) -> torch.Tensor:
         scale, shift = scale_and_shift(self.conv, self.bn)
         weight = self.conv.weight
+        if self.is_depthwise:
+            return _ops.pack_depthwise(weight.contiguous(), scale, shift)
         if not self.is_pointwise and not nchw:
             weight = weight.permute(0, 2, 3, 1)
         return _pack_product(weight.reshape(len(weight), -1), scale, shift)  # in the order of csrc/kernels/separable.h
@@ -78,6 +87,15 @@ class Convolution:
                 raise ValueError("x must have a pixel")
             return ChainLayer(_ops.PIXELS, self.out_channels, 1, 1, *NO_PADS, 0, activation), height, width
         stride, dilation = self.conv.stride[0], self.conv.dilation[0]
+        if self.is_depthwise:
+            pads, kernel = convolution_pads(self.conv), self.conv.kernel_size[0]
+            layer = ChainLayer(
+                _ops.DEPTHWISE_MAP, self.out_channels, stride, dilation, *pads, activation, 0, kernel=kernel
+            )
+            sizes = _sizes(layer, height, width)
+            if min(height, width, *sizes) < 1:
+                raise ValueError(f"x must hold a {kernel}x{kernel} kernel")
+            return layer, *sizes
         pads = checked_pads(self.pads, convolution_pads(self.conv), stride, dilation, height, width)
         rows = _ops.PATCHES_OF_NCHW if nchw else _ops.PATCHES
         layer = ChainLayer(rows, self.out_channels, stride, dilation, *pads, 0, activation)
@@ -229,6 +247,6 @@ def _pack_product(weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.
 
 def _sizes(layer: ChainLayer, height: int, width: int) -> tuple[int, int]:
     return (
-        output_size(height, layer.pad_top, layer.pad_bottom, layer.stride, layer.dilation),
-        output_size(width, layer.pad_left, layer.pad_right, layer.stride, layer.dilation),
+        output_size(height, layer.pad_top, layer.pad_bottom, layer.stride, layer.dilation, layer.kernel),
+        output_size(width, layer.pad_left, layer.pad_right, layer.stride, layer.dilation, layer.kernel),
     )

@@ -12,6 +12,7 @@ from ._padding import output_size
 
 pack = torch.ops.fusedsep.pack.default
 pack_modules = torch.ops.fusedsep.pack_modules.default
+pack_depthwise = torch.ops.fusedsep.pack_depthwise.default
 separable_conv2d = torch.ops.fusedsep.separable_conv2d.default
 chain = torch.ops.fusedsep.chain.default
 separable_conv2d_training = torch.ops.fusedsep.separable_conv2d_training.default
@@ -29,8 +30,8 @@ depthwise_backward = torch.ops.fusedsep.depthwise_backward.default
 NO_NORM, FIXED_STATISTICS, BATCH_STATISTICS = 0, 1, 2
 
 
-#: What a layer of a chain multiplies with its pointwise weights (csrc/kernels/separable.h).
-DEPTHWISE, PATCHES, PATCHES_OF_NCHW, MEANS, PIXELS = 0, 1, 2, 3, 4
+#: What a layer of a chain multiplies with its pointwise weights; the last one has none (csrc/kernels/separable.h).
+DEPTHWISE, PATCHES, PATCHES_OF_NCHW, MEANS, PIXELS, DEPTHWISE_MAP = 0, 1, 2, 3, 4, 5
 
 
 class ChainLayer(NamedTuple):
@@ -47,6 +48,7 @@ class ChainLayer(NamedTuple):
     activation: int
     pointwise_activation: int
     residual: int = -1
+    kernel: int = 3
 
 
 class PointwiseOperands(NamedTuple):
@@ -131,6 +133,11 @@ def _(dw_weight, dw_scale, dw_bias, pw_weight, pw_scale, pw_bias, channels_last)
     return dw_weight.new_empty(size)
 
 
+@torch.library.register_fake("fusedsep::pack_depthwise")
+def _(weight, scale, bias):  # type: ignore[no-untyped-def]
+    return weight.new_empty(_C.depthwise_packed_size(weight.shape[0], weight.shape[2], weight.element_size()))
+
+
 @torch.library.register_fake("fusedsep::pack_modules")
 def _(*operands_and_eps):  # type: ignore[no-untyped-def]
     operands = Operands(*operands_and_eps[:12])
@@ -148,13 +155,13 @@ def _(x, packed, out_channels, *others):  # type: ignore[no-untyped-def]
 def _(x, packed, layers):  # type: ignore[no-untyped-def]
     numbers = len(ChainLayer._fields)
     for i in range(0, len(layers), numbers):
-        rows, out_channels, *geometry, _, _, _ = layers[i : i + numbers]
+        rows, out_channels, *geometry, _, _, _, kernel = layers[i : i + numbers]
         if rows == MEANS:
             return x.new_empty((x.shape[0], out_channels))
         x = (
             _dense(x, x.shape[0], out_channels, *x.shape[2:], True)
             if rows == PIXELS
-            else _map(x, out_channels, *geometry, True)
+            else _map(x, out_channels, *geometry, True, kernel)
         )
     return x
 
@@ -247,10 +254,10 @@ def _runs_channels_last(x, channels_last):  # type: ignore[no-untyped-def]
     return channels_last or (not x.is_cuda and x.shape[3] < 32)
 
 
-def _map(x, channels, stride, dilation, pad_left, pad_right, pad_top, pad_bottom, channels_last):  # type: ignore[no-untyped-def]
+def _map(x, channels, stride, dilation, pad_left, pad_right, pad_top, pad_bottom, channels_last, kernel=3):  # type: ignore[no-untyped-def]
     """What the convolutions make of ``x``."""
-    height = output_size(x.shape[2], pad_top, pad_bottom, stride, dilation)
-    width = output_size(x.shape[3], pad_left, pad_right, stride, dilation)
+    height = output_size(x.shape[2], pad_top, pad_bottom, stride, dilation, kernel)
+    width = output_size(x.shape[3], pad_left, pad_right, stride, dilation, kernel)
     return _dense(x, x.shape[0], channels, height, width, channels_last)
 
 

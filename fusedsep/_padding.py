@@ -79,9 +79,9 @@ def convolution_pads(conv: nn.Conv2d) -> Pads:
     return Pads(pad_w, pad_w, pad_h, pad_h)
 
 
-def output_size(size: int, pad_before: int, pad_after: int, stride: int, dilation: int) -> int:
-    """Rows or columns that a 3-tap kernel gives; zero or less where it does not fit."""
-    return (size + pad_before + pad_after - 2 * dilation - 1) // stride + 1
+def output_size(size: int, pad_before: int, pad_after: int, stride: int, dilation: int, kernel: int = 3) -> int:
+    """Rows or columns that a kernel of as many taps gives; zero or less where it does not fit."""
+    return (size + pad_before + pad_after - (kernel - 1) * dilation - 1) // stride + 1
 
 
 def split_padding(padding: Pads | Literal["same"]) -> tuple[tuple[int, int], Pads | Literal["same"]]:

@@ -349,7 +349,7 @@ def _has_tangent(arguments: Sequence[Any]) -> bool:
 _library = torch.library.Library("fusedsep", "IMPL")  # the kernels live as long as it does
 for _operator in _OPERATORS.values():
     _library.impl(_operator.forward, _training_kernel(_operator), "Autograd")
-for _overload in (_ops.pack, _ops.separable_conv2d):
+for _overload in (_ops.pack, _ops.pack_depthwise, _ops.separable_conv2d):
     _advice = "call it under torch.no_grad(), or fusedsep.depthwise_separable_conv2d for gradients"
     _library.impl(_overload, _refusing_kernel(_overload, _advice), "Autograd")
 for _overload in (

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fusedsep import _ops
-from fusedsep._ops import DEPTHWISE, MEANS, PATCHES, PATCHES_OF_NCHW, PIXELS, ChainLayer
+from fusedsep._ops import DEPTHWISE, DEPTHWISE_MAP, MEANS, PATCHES, PATCHES_OF_NCHW, PIXELS, ChainLayer
 
 ACTIVATIONS = (lambda x: x, torch.relu, F.relu6, F.hardswish)
 
@@ -16,18 +16,29 @@ class Layer:
     """A layer, its weights in float64, and what ATen makes of them."""
 
     def __init__(
-        self, rows, channels, out_channels, stride=1, dilation=1, pads=(1, 1, 1, 1), activations=(1, 1), residual=-1
+        self,
+        rows,
+        channels,
+        out_channels,
+        stride=1,
+        dilation=1,
+        pads=(1, 1, 1, 1),
+        activations=(1, 1),
+        residual=-1,
+        kernel=3,
     ):
         self.channels = channels
-        self.numbers = ChainLayer(rows, out_channels, stride, dilation, *pads, *activations, residual)
+        self.numbers = ChainLayer(rows, out_channels, stride, dilation, *pads, *activations, residual, kernel)
         depth = 9 * channels if rows in (PATCHES, PATCHES_OF_NCHW) else channels
-        self.first = torch.randn(channels, 1, 3, 3, dtype=torch.double)
+        self.first = torch.randn(channels, 1, kernel, kernel, dtype=torch.double)
         self.first_bias = torch.randn(channels, dtype=torch.double)
         self.weight = torch.randn(out_channels, depth, dtype=torch.double) / depth**0.5
         self.bias = torch.randn(out_channels, dtype=torch.double)
 
     def packed(self, dtype):
         n = self.numbers
+        if n.rows == DEPTHWISE_MAP:
+            return _ops.pack_depthwise(self.first.to(dtype), None, self.first_bias)
         depthwise = n.rows == DEPTHWISE
         first = self.first if depthwise else torch.zeros(self.weight.shape[1], 1, 3, 3)
         return _ops.pack(
@@ -48,8 +59,10 @@ class Layer:
             return pointwise_act(F.linear(x.mean((2, 3)), self.weight, self.bias))
         if n.rows == PIXELS:
             return pointwise_act(F.conv2d(x, self.weight[:, :, None, None], self.bias))
-        if n.rows == DEPTHWISE:
+        if n.rows in (DEPTHWISE, DEPTHWISE_MAP):
             h = F.conv2d(F.pad(x, pads), self.first, self.first_bias, n.stride, 0, n.dilation, x.shape[1])
+            if n.rows == DEPTHWISE_MAP:
+                return act(h)
             return pointwise_act(F.conv2d(act(h), self.weight[:, :, None, None], self.bias))
         if n.rows == PATCHES:
             weight = self.weight.view(-1, 3, 3, x.shape[1]).permute(0, 3, 1, 2)
@@ -92,8 +105,13 @@ def expand(channels, out_channels):
     return Layer(PIXELS, channels, out_channels, pads=(0, 0, 0, 0), activations=(0, 2))
 
 
+def depthwise_map(channels, kernel, stride=1, pads=None, activation=1, residual=-1):
+    pads = 4 * (kernel // 2,) if pads is None else pads
+    return Layer(DEPTHWISE_MAP, channels, channels, stride, 1, pads, (activation, 0), residual, kernel)
+
+
 def residual_network(width=8):
-    """A first convolution, three residual blocks, the last two of them around each other, and a classifier."""
+    """A first convolution, residual blocks, two of them around each other, depthwise ones alone, and a classifier."""
     return [
         Layer(PATCHES, 3, width, 2, activations=(0, 2)),
         expand(width, 3 * width + 1),
@@ -103,7 +121,9 @@ def residual_network(width=8):
         expand(21, 35),
         Layer(DEPTHWISE, 35, 21, activations=(2, 0), residual=5),
         expand(21, 33),
-        Layer(DEPTHWISE, 33, 21, activations=(2, 0), residual=5),
+        depthwise_map(33, 5, activation=3),
+        expand(33, 21),
+        depthwise_map(21, 3, activation=0, residual=5),
         expand(21, 40),
         Layer(MEANS, 40, 13, pads=(0, 0, 0, 0), activations=(0, 0)),
     ]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import training_reference
 from cases import ACTIVATION_CODES, Case, operands
-from chain_layers import DEPTHWISE, PATCHES, PATCHES_OF_NCHW, Layer, arguments, expand, network
+from chain_layers import DEPTHWISE, PATCHES, PATCHES_OF_NCHW, Layer, arguments, depthwise_map, expand, network
 
 import fusedsep
 from fusedsep import _C, _ops
@@ -132,7 +132,13 @@ def check_chain(channels: int, size: int, dtype: torch.dtype) -> None:
     # A convolution, all, and what begins in the middle.
     parts = [part[begin:end] for part in layers for begin, end in ((0, 1), (0, 5), (1, 5), (4, 5))]
     pair = [expand(channels, 97), Layer(DEPTHWISE, 97, channels, residual=0)]
-    for part in (*parts, pair[:1], pair):
+    alone = [
+        [depthwise_map(count, kernel, stride, residual=0 if stride == 1 else -1)]
+        for count in (channels, channels + 16)
+        for kernel in (3, 5, 7)
+        for stride in (1, 2)
+    ]
+    for part in (*parts, pair[:1], pair, *alone):
         x, packed, numbers = arguments(part, torch.randn(2, part[0].channels, size, size + 1).to(dtype))
         expected = _ops.chain(x, packed, numbers)
         for at_end in (True, False):

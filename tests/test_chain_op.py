@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from chain_layers import Layer, arguments, exact, expand, network, residual_network, run
+from chain_layers import Layer, arguments, depthwise_map, exact, expand, network, residual_network, run
 
 from fusedsep import _ops
 from fusedsep._ops import DEPTHWISE, MEANS, PATCHES, PATCHES_OF_NCHW, ChainLayer
@@ -55,6 +55,30 @@ def test_first_convolution_of_any_channels(isa, dtype):
         assert_close(run(layers, x), exact(layers, x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+def test_depthwise_alone_of_any_channels(isa, dtype, kernel):
+    """Channels around vectors and cache lines, columns around register tiles."""
+    torch.manual_seed(8)
+    for channels, stride, activation in itertools.product((1, 3, 4, 8, 15, 16, 17, 31, 40, 70), (1, 2), (0, 3)):
+        layers = [depthwise_map(channels, kernel, stride, activation=activation)]
+        for height, width in ((1, 1), (kernel, 5), (9, 12), (12, 13), (3, 29), (15, 50)):
+            x = torch.randn(2, channels, height, width, dtype=dtype)
+            assert_close(run(layers, x), exact(layers, x))
+
+
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize("pads", [(0, 0, 0, 0), (0, 1, 2, 0), (2, 1, 0, 3), (9, 11, 12, 10)])
+def test_depthwise_alone_of_any_padding(isa, kernel, pads):
+    torch.manual_seed(8)
+    for stride, size in itertools.product((1, 2), (7, 8, 15)):
+        layers = [depthwise_map(19, kernel, stride, pads, activation=2)]
+        x = torch.randn(2, 19, size, size + 1)
+        y = run(layers, x)
+        assert_close(y, exact(layers, x))
+        assert y.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_map_wider_than_a_chain_of_sums():
     torch.manual_seed(2)
     layers = [Layer(MEANS, 5, 3, pads=(0, 0, 0, 0), activations=(0, 0))]
@@ -77,9 +101,14 @@ def test_residual_networks(isa, dtype):
 def test_the_input_of_a_chain_is_added(isa):
     torch.manual_seed(6)
     for channels, size in itertools.product((1, 8, 17, 40), (1, 5, 14)):
-        layers = [expand(channels, 35), Layer(DEPTHWISE, 35, channels, residual=0), expand(channels, 3)]
+        layers = [
+            expand(channels, 35),
+            Layer(DEPTHWISE, 35, channels, residual=0),
+            depthwise_map(channels, 5, residual=0),
+            expand(channels, 3),
+        ]
         x = torch.randn(3, channels, size, size + 1)
-        for length in (1, 2, 3):
+        for length in (1, 2, 3, 4):
             assert_close(run(layers[:length], x), exact(layers[:length], x))
 
 
@@ -105,11 +134,18 @@ def test_no_map_lies_on_another_one():
     assert torch.equal(run(layers, x), y)
 
 
-@pytest.mark.parametrize("make", [lambda: network(PATCHES, 3, 32), lambda: residual_network(24)])
-def test_same_bits_for_every_batch_and_thread_count(make):
+@pytest.mark.parametrize(
+    ("make", "channels"),
+    [
+        (lambda: network(PATCHES, 3, 32), 3),
+        (lambda: residual_network(24), 3),
+        (lambda: [depthwise_map(24, 5, 2), depthwise_map(24, 7, activation=3)], 24),
+    ],
+)
+def test_same_bits_for_every_batch_and_thread_count(isa, make, channels):
     torch.manual_seed(3)
     layers = make()
-    x = torch.randn(7, 3, 40, 36)
+    x = torch.randn(7, channels, 40, 36)
     torch.set_num_threads(1)
     alone = torch.cat([run(layers, image) for image in x.split(1)])
     for threads, batch in itertools.product((1, 2, 3, 8), (1, 2, 3, 7)):
@@ -131,9 +167,17 @@ def test_empty_batch():
 
 
 def test_shapes_while_tracing():
-    for layers in (*(network(PATCHES)[:length] for length in range(1, 6)), residual_network()):
+    utils = ("test_schema", "test_faketensor")
+    for layers in (
+        *(network(PATCHES)[:length] for length in range(1, 6)),
+        residual_network(),
+        [depthwise_map(3, 7, 2)],
+    ):
         inputs = arguments(layers, torch.randn(2, 3, 16, 18))
-        torch.library.opcheck(_ops.chain, inputs, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(_ops.chain, inputs, test_utils=utils)
+    for kernel in (3, 5, 7):
+        weight, scale = torch.randn(5, 1, kernel, kernel), torch.ones(5).double()
+        torch.library.opcheck(_ops.pack_depthwise, (weight, scale, scale), test_utils=utils)
 
 
 def test_refuses_what_it_cannot_run():
@@ -141,22 +185,52 @@ def test_refuses_what_it_cannot_run():
     x, packed, numbers = arguments(layers, torch.randn(1, 3, 16, 16))
     width = len(ChainLayer._fields)
     for message, wrong in {
-        "multiple of 11 numbers, got 9": (x, packed, numbers[:9]),
-        "multiple of 11 numbers, got 0": (x, packed, []),
+        "multiple of 12 numbers, got 9": (x, packed, numbers[:9]),
+        "multiple of 12 numbers, got 0": (x, packed, []),
         "packed must hold the weights of layer 4": (x, packed[:-1], numbers),
         "and nothing else": (x, packed, numbers[:-width]),
         "of the dtype of x": (x.double(), packed, numbers),
         "contiguous in channels_last": (x.contiguous(), packed, numbers),
         "must be the first layer": (x, packed, numbers + numbers[:width]),
         "nothing may follow": (x, packed, numbers + numbers[-width:]),
-        "rows must be from 0 to 4, got 5": (x, packed, [5, *numbers[1:]]),
+        "rows must be from 0 to 5, got 6": (x, packed, [6, *numbers[1:]]),
         "stride must be from 1 to 2, got 3": (x, packed, [*numbers[:2], 3, *numbers[3:]]),
         "residual must be from -1 to 0, got 1": (x, packed, [*numbers[:10], 1, *numbers[11:]]),
         "cannot have a residual": (x, packed, [*numbers[:10], 0, *numbers[11:]]),
-        "a map of the same shape": (x, packed, [*numbers[:21], 1, *numbers[22:]]),
+        "a map of the same shape": (x, packed, [*numbers[:22], 1, *numbers[23:]]),
+        "kernel must be from 3 to 3, got 5": (x, packed, [*numbers[:11], 5, *numbers[12:]]),
         "neither stride nor padding": (x, packed, [4, *numbers[1:]]),
         "x is too small": (x[:, :, :1, :1].contiguous(memory_format=torch.channels_last), packed, numbers),
         "x must be a CPU tensor of shape": (x[0], packed, numbers),
     }.items():
         with pytest.raises((RuntimeError, ValueError), match=message):
             _ops.chain(*wrong)
+
+
+def test_depthwise_alone_refuses_what_it_cannot_run():
+    x, packed, numbers = arguments([depthwise_map(8, 5)], torch.randn(1, 8, 16, 16))
+
+    def changed(**fields):
+        return list(ChainLayer(*numbers)._replace(**fields))
+
+    for message, wrong in {
+        "kernel must be from 3 to 7, got 9": (x, packed, changed(kernel=9)),
+        "kernel must be odd": (x, packed, changed(kernel=4)),
+        "weights of layer 0": (x, packed, changed(kernel=7)),
+        "has dilation 1 and one activation": (x, packed, changed(dilation=2)),
+        "one activation": (x, packed, changed(pointwise_activation=1)),
+        "as many output channels as input channels": (x, packed, changed(out_channels=9)),
+        "does not hold a 5x5 kernel": (x[:, :, :3, :], packed, changed(pad_top=0, pad_bottom=1)),
+    }.items():
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            _ops.chain(*wrong)
+    weight = torch.randn(8, 1, 5, 5)
+    for message, arguments_of_pack in {
+        r"weight must be a contiguous CPU tensor of shape \[C, 1, K, K\]": (weight[:, :, :4], None, None),
+        "with K 3, 5 or 7": (torch.randn(8, 1, 4, 4), None, None),
+        "float32 or float64": (weight.half(), None, None),
+        "scale must be a contiguous float64 CPU tensor of 8 elements": (weight, torch.ones(8), None),
+        "bias must be a contiguous float64 CPU tensor of 8 elements": (weight, None, torch.ones(7).double()),
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            _ops.pack_depthwise(*arguments_of_pack)

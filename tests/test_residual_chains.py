@@ -21,7 +21,7 @@ from randomize import randomized
 from zoo import assert_as_close_to_float64
 
 import fusedsep
-from fusedsep._ops import DEPTHWISE, MEANS, PATCHES, PATCHES_OF_NCHW, PIXELS, ChainLayer
+from fusedsep._ops import DEPTHWISE, DEPTHWISE_MAP, MEANS, PATCHES, PATCHES_OF_NCHW, PIXELS, ChainLayer
 
 WIDTH = len(ChainLayer._fields)
 
@@ -94,7 +94,7 @@ def test_timm(chain_calls):
 
 
 class EfficientNetLite(nn.Module):
-    """Blocks with 5x5 kernels between those of 3x3: chains on both sides."""
+    """A block with a 5x5 kernel between those of 3x3."""
 
     def __init__(self):
         super().__init__()
@@ -111,9 +111,10 @@ class EfficientNetLite(nn.Module):
 
 
 def test_efficientnet_lite(chain_calls):
-    before = [(PATCHES_OF_NCHW, -1), (DEPTHWISE, 1), (PIXELS, -1), (DEPTHWISE, 2), (PIXELS, -1)]
-    after = [*plain(PIXELS, PIXELS), (DEPTHWISE, 1), *plain(PIXELS, MEANS)]
-    assert_chains(EfficientNetLite(), torch.randn(2, 3, 32, 35), chain_calls, [before, after])
+    before = [(PATCHES_OF_NCHW, -1), (DEPTHWISE, 1), (PIXELS, -1), (DEPTHWISE, 2)]
+    between = plain(PIXELS, DEPTHWISE_MAP, PIXELS)
+    after = [(PIXELS, -1), (DEPTHWISE, 7), *plain(PIXELS, MEANS)]
+    assert_chains(EfficientNetLite(), torch.randn(2, 3, 32, 35), chain_calls, [[*before, *between, *after]])
 
 
 class TwoOutputs(nn.Module):
@@ -138,7 +139,41 @@ def test_a_map_that_is_an_output_ends_a_chain(chain_calls):
 def test_squeeze_excitation_ends_a_chain(chain_calls):
     model = nn.Sequential(MobileNetV3Block(4), MobileNetV3Block(4, excite=True), MobileNetV3Block(4))
     block = [(PIXELS, -1), (DEPTHWISE, 0)]
-    assert_chains(model, torch.randn(2, 4, 14, 15), chain_calls, [block, block])
+    excited = plain(PIXELS, DEPTHWISE_MAP)
+    assert_chains(model, torch.randn(2, 4, 14, 15), chain_calls, [block, excited, block])
+
+
+DEPTHWISE_ALONE = {
+    "5x5": lambda: depthwise(12, kernel=5, padding=2),
+    "7x7, stride 2, uneven padding": lambda: depthwise(12, 2, kernel=7, padding=(3, 1)),
+    "3x3 with a bias": lambda: depthwise(12, bias=True),
+    "SAME": lambda: depthwise(12, kernel=5, padding="same"),
+}
+
+
+@pytest.mark.parametrize("name", DEPTHWISE_ALONE)
+def test_a_chain_without_a_site(name, chain_calls):
+    """A depthwise convolution that another kind of layer follows, behind a 1x1 convolution."""
+    model = nn.Sequential(ConvBNAct(4, 12, 1), DEPTHWISE_ALONE[name](), nn.BatchNorm2d(12), nn.Hardswish(), nn.SiLU())
+    assert_chains(model, torch.randn(2, 4, 14, 15), chain_calls, [plain(PIXELS, DEPTHWISE_MAP)])
+
+
+NO_KERNEL = {
+    "channel multiplier": lambda: nn.Conv2d(12, 24, 5, padding=2, groups=12),
+    "groups": lambda: nn.Conv2d(12, 12, 5, padding=2, groups=6),
+    "9x9": lambda: depthwise(12, kernel=9, padding=4),
+    "even": lambda: depthwise(12, kernel=4, padding=2),
+    "oblong": lambda: depthwise(12, kernel=(3, 5), padding=(1, 2)),
+    "stride": lambda: depthwise(12, 3, kernel=5, padding=2),
+    "dilation": lambda: depthwise(12, kernel=5, padding=4, dilation=2),
+    "padding mode": lambda: depthwise(12, kernel=5, padding=2, padding_mode="reflect"),
+}
+
+
+@pytest.mark.parametrize("name", NO_KERNEL)
+def test_a_depthwise_convolution_without_a_kernel_is_left_alone(name, chain_calls):
+    model = nn.Sequential(ConvBNAct(4, 12, 1), NO_KERNEL[name](), nn.SiLU())
+    assert_chains(model, torch.randn(2, 4, 14, 15), chain_calls, [])
 
 
 class Shortcut(nn.Module):

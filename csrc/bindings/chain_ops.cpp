@@ -13,7 +13,7 @@ namespace fusedsep {
 namespace {
 
 // One layer among the numbers that describe a chain, in their order.
-constexpr size_t kNumbersPerLayer = 11;
+constexpr size_t kNumbersPerLayer = 12;
 struct Layer {
   Rows rows;
   int64_t out_channels;
@@ -23,11 +23,16 @@ struct Layer {
   explicit Layer(const int64_t* n)
       : rows(Rows(n[0])),
         out_channels(n[1]),
-        geometry{n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9]},
+        geometry{n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[11]},
         residual(n[10]) {
-    check_range("a layer's rows", n[0], 0, 4);
+    check_range("a layer's rows", n[0], 0, 5);
     check_range("a layer's out_channels", out_channels, 1, int64_t(1) << 40);
     check_geometry(geometry);
+    const bool is_map = rows == Rows::kDepthwiseMap;
+    check_range("a layer's kernel", geometry.kernel, 3, is_map ? 7 : 3);
+    STD_TORCH_CHECK(geometry.kernel % 2 == 1, "a layer's kernel must be odd");
+    STD_TORCH_CHECK(!is_map || (geometry.dilation == 1 && geometry.pointwise_activation == 0),
+                    "a depthwise convolution alone in a chain has dilation 1 and one activation");
   }
 };
 
@@ -56,6 +61,7 @@ Tensor chain_as(const Tensor& x, const Tensor& packed, const std::vector<int64_t
     params.height = height;
     params.width = width;
     params.out_channels = layer.out_channels;
+    params.kernel = g.kernel;
     if (layer.rows == Rows::kMeans) {
       STD_TORCH_CHECK(height > 0 && width > 0, "x is too small: a map without a pixel has no mean");
       params.out_height = params.out_width = 1;
@@ -79,8 +85,14 @@ Tensor chain_as(const Tensor& x, const Tensor& packed, const std::vector<int64_t
     params.activation = Activation(g.activation);
     params.pointwise_activation = Activation(g.pointwise_activation);
 
-    const PackedHeader header(isa, params.in_channels, params.out_channels, true, sizeof(T));
-    const int64_t size = kHeaderSize + kernels.packed_size(params.in_channels, params.out_channels, true);
+    const bool depthwise_map = layer.rows == Rows::kDepthwiseMap;
+    STD_TORCH_CHECK(!depthwise_map || params.out_channels == channels,
+                    "a depthwise convolution alone has as many output channels as input channels");
+    const PackedHeader header(isa, params.in_channels, depthwise_map ? 0 : params.out_channels, true, sizeof(T),
+                              g.kernel);
+    const int64_t size =
+        kHeaderSize + (depthwise_map ? kernels.depthwise_map_packed_size(channels, g.kernel)
+                                     : kernels.packed_size(params.in_channels, params.out_channels, true));
     STD_TORCH_CHECK(size <= weights_size - offset && std::memcmp(weights + offset, &header, sizeof(header)) == 0,
                     "packed must hold the weights of layer ", i / kNumbersPerLayer, ", packed for isa ", isa.name, ", ",
                     params.in_channels, " -> ", params.out_channels, " channels in channels_last; pack them again");
@@ -131,10 +143,10 @@ Tensor chain(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& 
 }  // namespace
 }  // namespace fusedsep
 
-// `layers` has 11 numbers for each: rows (csrc/kernels/separable.h), out_channels, stride, dilation, pad_left,
-// pad_right, pad_top, pad_bottom, activation, pointwise_activation, residual. The last one is the number of the map
-// that is added to what the layer gives: 0 for x, i for that of layer i - 1, and -1 for none. `packed` is what `pack`
-// returned for each, in channels_last, one after the other.
+// `layers` has 12 numbers for each: rows (csrc/kernels/separable.h), out_channels, stride, dilation, pad_left,
+// pad_right, pad_top, pad_bottom, activation, pointwise_activation, residual, kernel. `residual` is the number of the
+// map that is added to what the layer gives: 0 for x, i for that of layer i - 1, and -1 for none. `packed` is what
+// `pack`, or `pack_depthwise`, returned for each, in channels_last, one after the other.
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedsep, m) { m.def("chain(Tensor x, Tensor packed, int[] layers) -> Tensor"); }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedsep, CPU, m) { m.impl("chain", TORCH_BOX(&fusedsep::chain)); }

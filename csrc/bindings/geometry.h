@@ -11,6 +11,7 @@ namespace fusedsep {
 
 struct Geometry {
   int64_t stride, dilation, pad_left, pad_right, pad_top, pad_bottom, activation, pointwise_activation;
+  int64_t kernel = 3;  // taps in a row and in a column
 };
 
 inline void check_range(const char* name, int64_t value, int64_t least, int64_t most) {
@@ -34,11 +35,12 @@ inline void check_geometry(const Geometry& g) {
 
 // Rows or columns of the output. Throws std::invalid_argument where the kernel does not fit.
 inline int64_t output_size(const char* what, int64_t size, int64_t pad_before, int64_t pad_after, const Geometry& g) {
-  const int64_t room = size + pad_before + pad_after - 2 * g.dilation - 1;
+  const int64_t room = size + pad_before + pad_after - (g.kernel - 1) * g.dilation - 1;
   if (size < 1 || room < 0) {
     throw std::invalid_argument(std::string("x is too small: ") + what + " " + std::to_string(size) + " with padding " +
-                                std::to_string(pad_before) + " and " + std::to_string(pad_after) +
-                                " does not hold a 3x3 kernel of dilation " + std::to_string(g.dilation));
+                                std::to_string(pad_before) + " and " + std::to_string(pad_after) + " does not hold a " +
+                                std::to_string(g.kernel) + "x" + std::to_string(g.kernel) + " kernel of dilation " +
+                                std::to_string(g.dilation));
   }
   return room / g.stride + 1;
 }

@@ -145,6 +145,14 @@ int64_t packed_size(int64_t in_channels, int64_t out_channels, bool channels_las
   return int64_t(sizeof(PackedHeader)) / element_size + size;
 }
 
+// The same of `pack_depthwise`.
+int64_t depthwise_packed_size(int64_t channels, int64_t kernel, int64_t element_size) {
+  const Isa& isa = active_isa();
+  const int64_t size = element_size == 4 ? isa.separable_f32.depthwise_map_packed_size(channels, kernel)
+                                         : isa.separable_f64.depthwise_map_packed_size(channels, kernel);
+  return int64_t(sizeof(PackedHeader)) / element_size + size;
+}
+
 py::dict plan(int64_t batch, int64_t in_channels, int64_t out_channels, int64_t out_pixels, bool channels_last,
               int64_t threads, const std::string& isa_name) {
   SeparableParams<float> params{};
@@ -191,6 +199,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan", &plan, "batch"_a, "in_channels"_a, "out_channels"_a, "out_pixels"_a, "channels_last"_a, "threads"_a,
         "isa"_a, "How a float32 call would be cut into tiles: of each image, or of all together in channels_last.");
   m.def("packed_size", &packed_size, "in_channels"_a, "out_channels"_a, "channels_last"_a, "element_size"_a);
+  m.def("depthwise_packed_size", &depthwise_packed_size, "channels"_a, "kernel"_a, "element_size"_a);
   define_separable_conv2d<float>(m);
   define_separable_conv2d<double>(m);
   py::dict build;

@@ -12,18 +12,28 @@
 namespace fusedsep {
 namespace {
 
+// A header, and room for the weights behind it.
+template <typename T>
+struct Packed {
+  Tensor tensor;
+  T* weights;
+
+  Packed(const PackedHeader& header, int64_t size)
+      : tensor(empty_strided<1>({int64_t(sizeof(header) / sizeof(T)) + size}, {1}, kScalarType<T>)) {
+    T* data = tensor.mutable_data_ptr<T>();
+    std::memcpy(data, &header, sizeof(header));
+    weights = data + sizeof(header) / sizeof(T);
+  }
+};
+
 template <typename T>
 Tensor pack_as(const PackParams<T>& params) {
   const Isa& isa = active_isa();
   const auto& kernels = isa.separable<T>();
-  const PackedHeader header(isa, params.in_channels, params.out_channels, params.channels_last, sizeof(T));
-  const int64_t header_size = int64_t(sizeof(header) / sizeof(T));
-  const int64_t size = kernels.packed_size(params.in_channels, params.out_channels, params.channels_last);
-  Tensor packed = empty_strided<1>({header_size + size}, {1}, kScalarType<T>);
-  T* data = packed.mutable_data_ptr<T>();
-  std::memcpy(data, &header, sizeof(header));
-  kernels.pack(params, data + header_size);
-  return packed;
+  Packed<T> packed(PackedHeader(isa, params.in_channels, params.out_channels, params.channels_last, sizeof(T)),
+                   kernels.packed_size(params.in_channels, params.out_channels, params.channels_last));
+  kernels.pack(params, packed.weights);
+  return packed.tensor;
 }
 
 Tensor pack(const Tensor& dw_weight, const std::optional<Tensor>& dw_scale, const std::optional<Tensor>& dw_bias,
@@ -36,6 +46,35 @@ Tensor pack(const Tensor& dw_weight, const std::optional<Tensor>& dw_scale, cons
   };
   if (dw_weight.scalar_type() == ScalarType::Float) return pack_dtype(0.0f);
   STD_TORCH_CHECK(dw_weight.scalar_type() == ScalarType::Double, "dw_weight must be float32 or float64");
+  return pack_dtype(0.0);
+}
+
+// Of a depthwise convolution alone, for a chain.
+Tensor pack_depthwise(const Tensor& weight, const std::optional<Tensor>& scale, const std::optional<Tensor>& bias) {
+  const int64_t kernel = weight.dim() == 4 ? weight.size(2) : 0;
+  STD_TORCH_CHECK((kernel == 3 || kernel == 5 || kernel == 7) && weight.size(3) == kernel && weight.size(0) >= 1 &&
+                      weight.size(1) == 1 && weight.is_contiguous() && weight.is_cpu(),
+                  "weight must be a contiguous CPU tensor of shape [C, 1, K, K] with K 3, 5 or 7");
+  const int64_t channels = weight.size(0);
+  check_vector("scale", scale, channels, Place::cpu());
+  check_vector("bias", bias, channels, Place::cpu());
+  const auto pack_dtype = [&](auto zero) {
+    using T = decltype(zero);
+    PackParams<T> params{};
+    params.depthwise_weight = weight.const_data_ptr<T>();
+    params.depthwise_scale = vector_data(scale);
+    params.depthwise_bias = vector_data(bias);
+    params.in_channels = channels;
+    params.channels_last = true;
+    const Isa& isa = active_isa();
+    const auto& kernels = isa.separable<T>();
+    Packed<T> packed(PackedHeader(isa, channels, 0, true, sizeof(T), kernel),
+                     kernels.depthwise_map_packed_size(channels, kernel));
+    kernels.pack_depthwise_map(params, kernel, packed.weights);
+    return packed.tensor;
+  };
+  if (weight.scalar_type() == ScalarType::Float) return pack_dtype(0.0f);
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Double, "weight must be float32 or float64");
   return pack_dtype(0.0);
 }
 
@@ -85,6 +124,7 @@ STABLE_TORCH_LIBRARY(fusedsep, m) {
   m.def(
       "pack(Tensor dw_weight, Tensor? dw_scale, Tensor? dw_bias, Tensor pw_weight, Tensor? pw_scale, Tensor? pw_bias, "
       "bool channels_last) -> Tensor");
+  m.def("pack_depthwise(Tensor weight, Tensor? scale, Tensor? bias) -> Tensor");
   // On a GPU alone: `pack` with the BN of the modules folded, in one launch.
   m.def(
       "pack_modules(Tensor dw_weight, Tensor? dw_bias, Tensor? bn1_weight, Tensor? bn1_bias, Tensor? bn1_mean, "
@@ -98,5 +138,6 @@ STABLE_TORCH_LIBRARY(fusedsep, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fusedsep, CPU, m) {
   m.impl("pack", TORCH_BOX(&fusedsep::pack));
+  m.impl("pack_depthwise", TORCH_BOX(&fusedsep::pack_depthwise));
   m.impl("separable_conv2d", TORCH_BOX(&fusedsep::separable_conv2d));
 }

@@ -21,15 +21,19 @@ struct PackedHeader {
   char isa[16];
   int64_t in_channels, out_channels;
   int32_t channels_last, element_size;
-  char reserved[16];
+  int64_t kernel;
+  char reserved[8];
 
-  PackedHeader(const Isa& kernels, int64_t in_channels, int64_t out_channels, bool channels_last, int64_t element_size)
+  // `out_channels` 0: of a depthwise convolution alone.
+  PackedHeader(const Isa& kernels, int64_t in_channels, int64_t out_channels, bool channels_last, int64_t element_size,
+               int64_t kernel = 3)
       : magic{'f', 'u', 's', 'e', 'd', 's', 'e', 'p'},
         isa{},
         in_channels(in_channels),
         out_channels(out_channels),
         channels_last(channels_last),
         element_size(int32_t(element_size)),
+        kernel(kernel),
         reserved{} {
     std::strncpy(isa, kernels.name, sizeof(isa) - 1);
   }
@@ -138,7 +142,40 @@ void run_separable(const SeparableKernels<T>& kernels, const SeparableParams<T>&
   });
 }
 
-// The same with scratch that the calling thread keeps.
+// How a depthwise convolution alone is split: lines of channels, and rows where those do not give every thread a few.
+template <typename T>
+struct MapSplit {
+  int64_t lines, rows, parts, jobs;
+  int64_t workers, of_worker, size;  // elements of scratch
+
+  MapSplit(const SeparableKernels<T>& kernels, const SeparableParams<T>& params, int64_t threads)
+      : lines((params.in_channels + kernels.line_channels - 1) / kernels.line_channels),
+        rows(params.batch * params.out_height),
+        parts(threads == 1 ? 1 : std::max(int64_t(1), std::min(rows, 2 * threads / lines))),
+        jobs(lines * parts),
+        workers(std::min(jobs, threads)),
+        of_worker((kernels.depthwise_map_scratch_size(params) + 15) / 16 * 16),
+        size(workers * of_worker) {}
+};
+
+template <typename T, class ParallelFor>
+void run_depthwise_map(const SeparableKernels<T>& kernels, const SeparableParams<T>& params, int64_t threads,
+                       const ParallelFor& parallel_for, T* scratch) {
+  const MapSplit<T> split(kernels, params, threads);
+  parallel_for(split.workers, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      const int64_t job_end = (worker + 1) * split.jobs / split.workers;
+      for (int64_t job = worker * split.jobs / split.workers; job < job_end; ++job) {
+        const int64_t channel = job / split.parts * kernels.line_channels, part = job % split.parts;
+        kernels.depthwise_map(params, part * split.rows / split.parts, (part + 1) * split.rows / split.parts, channel,
+                              std::min(channel + kernels.line_channels, params.in_channels),
+                              scratch + worker * split.of_worker);
+      }
+    }
+  });
+}
+
+// A separable convolution with scratch that the calling thread keeps.
 template <typename T, class ParallelFor>
 void run_separable(const SeparableKernels<T>& kernels, const SeparableParams<T>& params, const Plan& plan,
                    int64_t threads, const ParallelFor& parallel_for) {

@@ -138,7 +138,10 @@ class ChainRunner {
       for (const int64_t batch : {most, images % most}) {
         if (batch == 0) continue;
         layer.batch = batch;
-        scratch = std::max(scratch, ScratchSizes<T>(kernels_, layer, plan_for(kernels_, layer, threads), threads).size);
+        const int64_t size = layer.rows == Rows::kDepthwiseMap
+                                 ? MapSplit<T>(kernels_, layer, threads).size
+                                 : ScratchSizes<T>(kernels_, layer, plan_for(kernels_, layer, threads), threads).size;
+        scratch = std::max(scratch, size);
       }
     }
     return most * maps_.total() + scratch;
@@ -159,8 +162,12 @@ class ChainRunner {
         layer.x = in;
         layer.y = i + 1 == layers_.size() ? y + image * out_size(layer) : map_of(int64_t(i));
         layer.residual = residuals_[i] == -1 ? images_in : map_of(residuals_[i]);
-        run_separable(kernels_, layer, plan_for(kernels_, layer, threads), threads, parallel_for,
-                      memory + most * maps_.total());
+        T* const scratch = memory + most * maps_.total();
+        if (layer.rows == Rows::kDepthwiseMap) {
+          run_depthwise_map(kernels_, layer, threads, parallel_for, scratch);
+        } else {
+          run_separable(kernels_, layer, plan_for(kernels_, layer, threads), threads, parallel_for, scratch);
+        }
         in = layer.y;
       }
     }

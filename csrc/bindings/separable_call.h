@@ -11,6 +11,17 @@
 
 namespace fusedsep {
 
+// A scale or a bias that is packed.
+inline void check_vector(const char* name, const std::optional<Tensor>& vector, int64_t channels, const Place& place) {
+  if (!vector.has_value()) return;
+  STD_TORCH_CHECK(vector->dim() == 1 && vector->size(0) == channels && vector->is_contiguous() &&
+                      vector->scalar_type() == ScalarType::Double && place.has(*vector),
+                  name, " must be a contiguous float64 ", place.name, " tensor of ", channels, " elements");
+}
+inline const double* vector_data(const std::optional<Tensor>& vector) {
+  return vector.has_value() ? vector->const_data_ptr<double>() : nullptr;
+}
+
 // The arguments of `pack`.
 struct PackCall {
   const Tensor &dw_weight, &pw_weight;
@@ -37,29 +48,20 @@ struct PackCall {
                     "pw_weight must be a contiguous ", place.name, " tensor of shape [N, ", in_channels, ", 1, 1]");
     out_channels = pw_weight.size(0);
     STD_TORCH_CHECK(pw_weight.scalar_type() == dw_weight.scalar_type(), "pw_weight must have the dtype of dw_weight");
-    const auto check_vector = [&](const char* name, const std::optional<Tensor>& vector, int64_t channels) {
-      if (!vector.has_value()) return;
-      STD_TORCH_CHECK(vector->dim() == 1 && vector->size(0) == channels && vector->is_contiguous() &&
-                          vector->scalar_type() == ScalarType::Double && place.has(*vector),
-                      name, " must be a contiguous float64 ", place.name, " tensor of ", channels, " elements");
-    };
-    check_vector("dw_scale", dw_scale, in_channels);
-    check_vector("dw_bias", dw_bias, in_channels);
-    check_vector("pw_scale", pw_scale, out_channels);
-    check_vector("pw_bias", pw_bias, out_channels);
+    check_vector("dw_scale", dw_scale, in_channels, place);
+    check_vector("dw_bias", dw_bias, in_channels, place);
+    check_vector("pw_scale", pw_scale, out_channels, place);
+    check_vector("pw_bias", pw_bias, out_channels, place);
   }
 
   template <typename T>
   PackParams<T> params(bool channels_last) const {
-    const auto data = [](const std::optional<Tensor>& vector) {
-      return vector.has_value() ? vector->const_data_ptr<double>() : nullptr;
-    };
     return {static_cast<const T*>(dw_weight.const_data_ptr()),
-            data(dw_scale),
-            data(dw_bias),
+            vector_data(dw_scale),
+            vector_data(dw_bias),
             static_cast<const T*>(pw_weight.const_data_ptr()),
-            data(pw_scale),
-            data(pw_bias),
+            vector_data(pw_scale),
+            vector_data(pw_bias),
             in_channels,
             out_channels,
             channels_last};

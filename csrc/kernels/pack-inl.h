@@ -15,17 +15,17 @@ FUSEDSEP_INLINE T folded(T weight, const double* scale, int64_t channel) {
   return scale == nullptr ? weight : T(double(weight) * scale[channel]);
 }
 
-// A bias and nine taps a channel: vectors of kLanes channels in channels_last, scalars in NCHW.
+// A bias and the taps of each channel: vectors of kLanes channels in channels_last, scalars in NCHW.
 template <class V>
-void pack_depthwise(const PackParams<typename V::T>& p, typename V::T* out) {
+void pack_depthwise(const PackParams<typename V::T>& p, int64_t taps, typename V::T* out) {
   using T = typename V::T;
   const int64_t lanes = p.channels_last ? V::kLanes : 1;
   for (int64_t c = 0; c < round_up(p.in_channels, lanes); ++c) {
-    T* channel = out + c / lanes * lanes * 10 + c % lanes;
+    T* channel = out + c / lanes * lanes * (1 + taps) + c % lanes;
     const bool real = c < p.in_channels;
     channel[0] = real && p.depthwise_bias != nullptr ? T(p.depthwise_bias[c]) : T(0);
-    for (int t = 0; t < 9; ++t) {
-      channel[(1 + t) * lanes] = real ? folded(p.depthwise_weight[9 * c + t], p.depthwise_scale, c) : T(0);
+    for (int64_t t = 0; t < taps; ++t) {
+      channel[(1 + t) * lanes] = real ? folded(p.depthwise_weight[taps * c + t], p.depthwise_scale, c) : T(0);
     }
   }
 }
@@ -70,7 +70,7 @@ void pack(const PackParams<typename V::T>& p, typename V::T* packed) {
   using T = typename V::T;
   const PackedLayout<V> layout(p.in_channels, p.out_channels, p.channels_last);
   for (int64_t i = 0; i < layout.size; ++i) packed[i] = T(0);
-  pack_depthwise<V>(p, packed + layout.depthwise);
+  pack_depthwise<V>(p, 9, packed + layout.depthwise);
   for (int64_t o = 0; o < p.out_channels && p.pointwise_bias != nullptr; ++o) {
     packed[layout.pointwise_bias + o] = T(p.pointwise_bias[o]);
   }

@@ -6,6 +6,7 @@
 
 #include "convolution-inl.h"
 #include "depthwise-inl.h"
+#include "depthwise-map-inl.h"
 #include "means-inl.h"
 #include "pack-inl.h"
 #include "pixels-inl.h"
@@ -100,8 +101,20 @@ void pointwise(const SeparableParams<typename V::T>& params, const Tile& tile, i
 
 template <class V>
 SeparableKernels<typename V::T> separable_kernels() {
-  return {V::kLanes,       Tiling<V>::kTileRows, Tiling<V>::kTileColumns, packed_size<V>, pack<V>,
-          scratch_size<V>, depthwise<V>,         panel_count<V>,          pointwise<V>};
+  return {V::kLanes,
+          Tiling<V>::kTileRows,
+          Tiling<V>::kTileColumns,
+          packed_size<V>,
+          pack<V>,
+          scratch_size<V>,
+          depthwise<V>,
+          panel_count<V>,
+          pointwise<V>,
+          depthwise_map_packed_size<V>,
+          pack_depthwise_map<V>,
+          depthwise_map_scratch_size<V>,
+          kLineVectors<V> * V::kLanes,
+          depthwise_map<V>};
 }
 
 }  // namespace

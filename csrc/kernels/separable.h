@@ -44,6 +44,9 @@ enum class Rows : int32_t {
   // The mean of each map, for a product that is a classifier: out_height = out_width = 1.
   kMeans = 3,
   kPixels = 4,  // x itself, for a 1x1 convolution alone
+  // No product follows: the depthwise convolution alone, where `kernel` may be 5 or 7 too; y is h. It has kernels of
+  // its own, `depthwise_map`.
+  kDepthwiseMap = 5,
 };
 
 // Weights and values a channel of maps of T: of the same type, except for the 16-bit types of csrc/cuda/element.h.
@@ -70,6 +73,7 @@ struct SeparableParams {
   Activation activation, pointwise_activation;
   Rows rows = Rows::kDepthwise;  // in_channels counts those of h; only a depthwise stage has an activation and packed
                                  // weights of its own
+  int64_t kernel = 3;  // taps in a row and in a column; other than 3 in kDepthwiseMap alone, which has dilation 1
   // A map of the shape of y that is added to it at the end; in channels_last, not for patches, and it does not overlap
   // y.
   const T* residual = nullptr;
@@ -119,6 +123,16 @@ struct SeparableKernels {
   int64_t (*panel_count)(int64_t out_channels, bool channels_last);
   void (*pointwise)(const SeparableParams<T>& params, const Tile& tile, int64_t panel_begin, int64_t panel_end,
                     const T* scratch);
+
+  // Rows::kDepthwiseMap. Of PackParams the depthwise part counts, with `kernel` x `kernel` taps a channel.
+  int64_t (*depthwise_map_packed_size)(int64_t channels, int64_t kernel);
+  void (*pack_depthwise_map)(const PackParams<T>& params, int64_t kernel, T* packed);
+  int64_t (*depthwise_map_scratch_size)(const SeparableParams<T>& params);
+  // Output rows [row_begin, row_end), counted on from image to image; channels [channel_begin, channel_end), which are
+  // multiples of `line_channels` unless they end with the map.
+  int64_t line_channels;
+  void (*depthwise_map)(const SeparableParams<T>& params, int64_t row_begin, int64_t row_end, int64_t channel_begin,
+                        int64_t channel_end, T* scratch);
 };
 
 }  // namespace fusedsep

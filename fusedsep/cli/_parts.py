@@ -20,12 +20,13 @@ from ._limits import Limits
 from ._measure import Times, time_interleaved
 
 SEPARABLE, FIRST, POINTWISE, CLASSIFIER = "depthwise-separable", "first convolution", "1x1 convolution", "classifier"
+DEPTHWISE = "depthwise convolution"
 OTHER = "other"
 
 
 @dataclass(frozen=True)
 class Part:
-    """A site, a first convolution, a 1x1 convolution or a classifier.
+    """A site, a first convolution, a 1x1 convolution, a depthwise one by itself or a classifier.
 
     Attributes:
         kind: one of the above.
@@ -129,7 +130,7 @@ def _site(index: int, site: FrozenSeparable, x: torch.Tensor, y: torch.Tensor) -
 
 
 def _layer(index: int, layer: Convolution | Classifier, x: torch.Tensor, y: torch.Tensor) -> Part:
-    kind = CLASSIFIER if isinstance(layer, Classifier) else POINTWISE if layer.is_pointwise else FIRST
+    kind = CLASSIFIER if isinstance(layer, Classifier) else _kind_of(layer)
     nchw = kind == FIRST and not x.is_contiguous(memory_format=torch.channels_last)
     numbers, _, _ = layer.layer(*x.shape[-2:], nchw)
     if not nchw:
@@ -143,6 +144,10 @@ def _layer(index: int, layer: Convolution | Classifier, x: torch.Tensor, y: torc
         0,
         functools.partial(_ops.chain, x, layer.pack(nchw), list(numbers)),
     )
+
+
+def _kind_of(layer: Convolution) -> str:
+    return POINTWISE if layer.is_pointwise else DEPTHWISE if layer.is_depthwise else FIRST
 
 
 def _nbytes(*tensors: torch.Tensor) -> int:

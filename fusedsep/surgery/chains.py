@@ -79,7 +79,7 @@ class Outline:
         covered: set[fx.Node] = set()
         for node in graph.nodes:
             run = None if node in covered else Run(node, self._modules)
-            if run is not None and run.site_keys:
+            if run is not None and run.is_worthwhile:
                 runs.append(run)
                 covered.update(run.nodes)
         return runs if any(len(run.steps) > 1 for run in runs) else []

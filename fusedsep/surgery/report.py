@@ -52,7 +52,8 @@ class FusionReport:
 def fusion_report(model: nn.Module) -> FusionReport:
     """Say for each depthwise convolution of ``model`` whether it is fused, or why not.
 
-    Works on a fused model and on one that is not: then it says what :func:`fusedsep.fuse` would do.
+    Works on a fused model and on one that is not: then it says what :func:`fusedsep.fuse` would do. One that is not
+    fused with its neighbours may still be a layer of a chain in eval mode.
 
     Args:
         model: any module; it is not changed.

@@ -44,6 +44,7 @@ class Step(NamedTuple):
         names: the nodes that hand that map on as it is.
         site: what stands for it in a dictionary of frozen sites, if it is one.
         residual: the number of the map that is added to its own, or -1.
+        is_depthwise: whether it is a depthwise convolution by itself.
     """
 
     make: Maker
@@ -51,6 +52,7 @@ class Step(NamedTuple):
     names: list[fx.Node]
     site: nn.Module | None = None
     residual: int = -1
+    is_depthwise: bool = False
 
 
 class Run:
@@ -75,6 +77,11 @@ class Run:
             if not self._extend():
                 break
         self.steps = closed
+
+    @property
+    def is_worthwhile(self) -> bool:
+        """Whether it has a site, or a depthwise convolution among other layers."""
+        return bool(self.site_keys) or (len(self.steps) > 1 and any(step.is_depthwise for step in self.steps))
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -128,10 +135,17 @@ class Run:
         classifier = Classifier(head.linear, head.is_map, self._modules_of(head.nodes))
         return self._take(lambda frozen: classifier, head.nodes, 0)
 
-    def _take(self, make: Maker, nodes: list[fx.Node], channels: int, site: nn.Module | None = None) -> bool:
+    def _take(
+        self,
+        make: Maker,
+        nodes: list[fx.Node],
+        channels: int,
+        site: nn.Module | None = None,
+        is_depthwise: bool = False,
+    ) -> bool:
         self._channels = channels
         names = self._name([nodes[-1]])
-        self.steps.append(Step(make, nodes, names, site))
+        self.steps.append(Step(make, nodes, names, site, is_depthwise=is_depthwise))
         self._number(len(self.steps), nodes[-1], names)
         return True
 
@@ -167,17 +181,18 @@ class Run:
         if max(numbers) != own or other in (-1, own) or (other == 0 and (self._reads_images or in_place)):
             return False
         names = self._name([node])
-        self.steps[-1] = Step(step.make, [*step.nodes, *step.names, node], names, step.site, other)
+        self.steps[-1] = step._replace(nodes=[*step.nodes, *step.names, node], names=names, residual=other)
         self._number(own, node, names)
         return True
 
     def _take_layer(self, node: fx.Node, source: fx.Node) -> bool:
-        """A site, or a 1x1 convolution with what follows it."""
+        """A site, or a convolution, 1x1 or depthwise, with what follows it."""
         target, module = node.target, self._module(node)
         if node.all_input_nodes != [source]:
             return False
         if not isinstance(target, FusedSite) and (module is None or not is_block(module)):
-            return is_plain_pointwise(module) and self._take_convolution([node], module, NO_PADS)
+            fits = is_plain_pointwise(module) or is_plain_depthwise(module)
+            return fits and self._take_convolution([node], module, NO_PADS)
         if isinstance(target, FusedSite):
             site, key, separable, modules = target, target.dw, target.separable, target.modules
         else:
@@ -244,7 +259,20 @@ class Run:
                 activation = found
             nodes = list(pending)
         element = Convolution(conv, bn, activation, self._modules_of(nodes), pads, carried)
-        return self._take(lambda frozen: element, nodes, conv.out_channels)
+        return self._take(lambda frozen: element, nodes, conv.out_channels, is_depthwise=element.is_depthwise)
+
+
+def is_plain_depthwise(conv: nn.Module | None) -> bool:
+    """Whether the kernel of a depthwise convolution by itself does what ``conv`` does."""
+    return (
+        isinstance(conv, nn.Conv2d)
+        and is_plain_convolution(conv)
+        and conv.groups == conv.in_channels == conv.out_channels > 1
+        and conv.kernel_size[0] == conv.kernel_size[1] in (3, 5, 7)
+        and conv.stride[0] == conv.stride[1] <= 2
+        and tuple(conv.dilation) == (1, 1)
+        and conv.padding_mode == "zeros"
+    )
 
 
 def modules_of(nodes: list[fx.Node], modules: dict[str, nn.Module]) -> list[nn.Module]:

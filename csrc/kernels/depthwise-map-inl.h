@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// A depthwise convolution alone, of 3x3, 5x5 or 7x7 taps, with its activation, in channels_last: what networks have
+// where no pointwise convolution follows at once, or where the taps are more than nine.
+#pragma once
+
+#include "activation-inl.h"
+#include "layout-inl.h"
+#include "pack-inl.h"
+#include "separable.h"
+
+namespace fusedsep {
+namespace {
+
+// Register tiles: an accumulator for each pixel and a weight; columns are operands of the FMAs, read from L1. Six
+// accumulators would not cover the latency of two FMAs a cycle.
+template <class V>
+constexpr int kMapPixels = Tiling<V>::kTileRows == 6 ? 12 : Tiling<V>::kTileRows;
+
+// The vectors of a cache line, which are worked on together.
+template <class V>
+constexpr int64_t kLineVectors = max_of(1, 64 / int64_t(sizeof(V)));
+
+// Packed weights: a bias and the taps of each vector of channels, a vector each.
+template <class V>
+int64_t depthwise_map_packed_size(int64_t channels, int64_t kernel) {
+  return round_up((1 + kernel * kernel) * round_up(channels, V::kLanes), 64 / int64_t(sizeof(typename V::T)));
+}
+
+template <class V>
+void pack_depthwise_map(const PackParams<typename V::T>& p, int64_t kernel, typename V::T* packed) {
+  const int64_t size = depthwise_map_packed_size<V>(p.in_channels, kernel);
+  for (int64_t i = 0; i < size; ++i) packed[i] = 0;
+  pack_depthwise<V>(p, kernel * kernel, packed);
+}
+
+// The input rows that an output row reads, for a line of channels, with zeros for the padding: `kernel` of them, row r
+// at r % kernel, each as [vector][column][kLanes]. No column needs a check then, and the reads of neighbouring pixels
+// are neighbours in memory, however many channels the map has.
+template <class V>
+struct KeptRows {
+  int64_t columns, pitch, size;  // pitch: elements of a row
+
+  explicit KeptRows(const SeparableParams<typename V::T>& p)
+      : columns((p.out_width - 1) * p.stride + p.kernel),
+        pitch(kLineVectors<V> * columns * V::kLanes),
+        size(p.kernel * pitch) {}
+};
+
+template <class V>
+int64_t depthwise_map_scratch_size(const SeparableParams<typename V::T>& p) {
+  return KeptRows<V>(p).size;
+}
+
+// Up to kMapPixels neighbouring pixels of an output row, one vector of channels.
+template <class V>
+struct MapSegment {
+  using T = typename V::T;
+  const T* row[7];   // the kept rows, at the first pixel's first tap; null: outside the map
+  const T* weights;  // a bias and the taps
+  Activation activation;
+  T* y;
+  const T* residual;  // null: none
+  int64_t y_stride;   // elements between pixels, of `residual` too
+  bool whole;
+  typename V::Mask mask;  // of y's lanes unless `whole`
+};
+
+template <class V, int M, int kKernel, int kStride>
+__attribute__((noinline)) void depthwise_map_segment(const MapSegment<V>& segment) {
+  constexpr int L = V::kLanes;
+  V sum[M];
+  FUSEDSEP_UNROLL(16)
+  for (int m = 0; m < M; ++m) sum[m] = V::zero();
+  for (int u = 0; u < kKernel; ++u) {
+    const auto* x = segment.row[u];
+    if (x == nullptr) continue;
+    const auto* weights = segment.weights + (1 + u * kKernel) * L;
+    FUSEDSEP_UNROLL(7)
+    for (int v = 0; v < kKernel; ++v) {
+      const V weight = V::load(weights + v * L);
+      FUSEDSEP_UNROLL(16)
+      for (int m = 0; m < M; ++m) sum[m] = V::fma(V::load(x + (m * kStride + v) * L), weight, sum[m]);
+    }
+  }
+  const V bias = V::load(segment.weights);
+  FUSEDSEP_UNROLL(16)
+  for (int m = 0; m < M; ++m) {
+    V value = activate(segment.activation, V::add(bias, sum[m]));
+    const int64_t offset = m * segment.y_stride;
+    if (segment.residual != nullptr) {
+      const auto* residual = segment.residual + offset;
+      value = V::add(segment.whole ? V::load(residual) : V::load(residual, segment.mask), value);
+    }
+    if (segment.whole) {
+      value.store(segment.y + offset);
+    } else {
+      value.store(segment.y + offset, segment.mask);
+    }
+  }
+}
+
+template <class V>
+struct MapKernels {
+  using Function = void (*)(const MapSegment<V>&);
+  static constexpr int kMost = kMapPixels<V>;
+
+  Function table[3][2][kMost];  // [kernel / 2 - 1][stride - 1][pixels - 1]
+
+  constexpr MapKernels() : table{} {
+    fill<3, kMost>();
+    fill<5, kMost>();
+    fill<7, kMost>();
+  }
+
+  template <int kKernel, int M>
+  constexpr void fill() {
+    table[kKernel / 2 - 1][0][M - 1] = depthwise_map_segment<V, M, kKernel, 1>;
+    table[kKernel / 2 - 1][1][M - 1] = depthwise_map_segment<V, M, kKernel, 2>;
+    if constexpr (M > 1) fill<kKernel, M - 1>();
+  }
+};
+
+// Row `i` of an image for the line of channels from `begin` on, into a kept row, where the padding is zero already.
+template <class V>
+void keep_map_row(const SeparableParams<typename V::T>& p, const typename V::T* image, int64_t i, int64_t begin,
+                  const KeptRows<V>& rows, typename V::T* row) {
+  constexpr int64_t L = V::kLanes;
+  const int64_t channels = p.in_channels, columns = min_of(p.width, rows.columns - p.pad_left);
+  for (int64_t v = 0; v < kLineVectors<V> && begin + v * L < channels; ++v) {
+    const int64_t lanes = channels - begin - v * L;
+    const auto mask = V::mask(0, lanes);
+    const auto* from = image + i * p.width * channels + begin + v * L;
+    auto* to = row + (v * rows.columns + p.pad_left) * L;
+    for (int64_t j = 0; j < columns; ++j, from += channels, to += L) {
+      __builtin_prefetch(from + p.width * channels, 0, 3);  // what the next row reads
+      (lanes >= L ? V::load(from) : V::load(from, mask)).store(to);
+    }
+  }
+}
+
+// Rows [row_begin, row_end) of all images' output, counted on from image to image, and the lines of channels from
+// `channel_begin` to `channel_end`, a multiple of a line unless it is the last channel.
+template <class V>
+void depthwise_map(const SeparableParams<typename V::T>& p, int64_t row_begin, int64_t row_end, int64_t channel_begin,
+                   int64_t channel_end, typename V::T* scratch) {
+  using T = typename V::T;
+  constexpr int64_t L = V::kLanes, kLine = kLineVectors<V> * L;
+  static constexpr MapKernels<V> kKernels;
+  const int64_t channels = p.in_channels, taps = p.kernel * p.kernel;
+  const KeptRows<V> rows(p);
+  const auto& kernels = kKernels.table[p.kernel / 2 - 1][p.stride - 1];
+  for (int64_t i = 0; i < rows.size; ++i) scratch[i] = 0;
+
+  for (int64_t line = channel_begin; line < channel_end; line += kLine) {
+    int64_t image = -1, next = 0;  // next: the first input row that is not kept yet
+    for (int64_t row = row_begin; row < row_end; ++row) {
+      const int64_t i = row % p.out_height, top = i * p.stride - p.pad_top;
+      if (row / p.out_height != image) {
+        image = row / p.out_height;
+        next = max_of(0, top);
+      }
+      const T* const x = p.x + image * p.height * p.width * channels;
+      for (next = max_of(next, top); next < min_of(p.height, top + p.kernel); ++next) {
+        keep_map_row<V>(p, x, next, line, rows, scratch + next % p.kernel * rows.pitch);
+      }
+      for (int64_t v = 0; v < kLineVectors<V> && line + v * L < channel_end; ++v) {
+        const int64_t c = line + v * L, first = row * p.out_width * channels + c;
+        MapSegment<V> segment{};
+        segment.weights = p.packed + c * (1 + taps);
+        segment.activation = p.activation;
+        segment.y_stride = channels;
+        segment.whole = c + L <= channels;
+        segment.mask = V::mask(0, channels - c);
+        for (BlockWalk walk(p.out_width, kMapPixels<V>); walk.more(); walk.next()) {
+          const Block& block = walk.block;
+          for (int64_t u = 0; u < p.kernel; ++u) {
+            const int64_t r = top + u;
+            const T* kept = scratch + (r < 0 ? 0 : r % p.kernel) * rows.pitch + v * rows.columns * L;
+            segment.row[u] = r < 0 || r >= p.height ? nullptr : kept + block.begin * p.stride * L;
+          }
+          segment.y = p.y + first + block.begin * channels;
+          segment.residual = p.residual == nullptr ? nullptr : p.residual + first + block.begin * channels;
+          kernels[block.size - 1](segment);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fusedsep
