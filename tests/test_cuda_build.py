@@ -97,6 +97,21 @@ def test_the_extension_loads_and_reports_its_kernels():
 
 
 @pytest.mark.needs_cuda_build
+def test_an_operator_of_the_extension_raises():
+    """Its C++ exceptions become Python's; a process has died of one on a machine with a GPU (README.md)."""
+    operators = torch.ops.fusedsep
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    x, weight, packed = torch.randn(1, 4, 8, 8), torch.randn(4, 1, 3, 3), torch.zeros(64)
+    for operator, arguments, message in (
+        (operators.separable_conv2d, (x, packed, 4, 1, 1, 1, 1, 1, 1, 0, 0, True), "must be a CUDA tensor"),
+        (operators.pack, (weight, None, None, torch.randn(4, 4, 1, 1), None, None, True), "contiguous CUDA tensor"),
+    ):
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match=message):
+                operator.default.redispatch(key, *arguments)
+
+
+@pytest.mark.needs_cuda_build
 def test_packed_weights_have_the_size_that_the_kernels_read():
     assert _cuda.packed_size(5, 7, 4) == 2 * 32 + 2 * 32 + (9 + 7) * 32
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=False):
