@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from article import MobileNet as ArticleMobileNet
 from chain_models import HEADS, ConvolutionHead, Plain, PoolFlatten
 from copies import WAYS, copied
+from models import ConvBNAct, depthwise, pointwise
 from randomize import randomized
 from zoo import assert_as_close_to_float64
 
@@ -395,3 +396,50 @@ def test_freezing_twice_and_fusing_what_is_frozen():
     expected = frozen(x)
     for twice in (fusedsep.freeze(frozen), fusedsep.fuse(frozen), fusedsep.defuse(copy.deepcopy(frozen))):
         assert torch.equal(twice(x), expected)
+
+
+class SlicedShortcut(nn.Module):
+    """ReXNet's block: SiLU before the site, and a shortcut to some of the channels, which ends a chain in front."""
+
+    def __init__(self, in_channels, out_channels, shortcut=True):
+        super().__init__()
+        self.shortcut = shortcut
+        self.expand = ConvBNAct(in_channels, 12, 1, activation=nn.SiLU)
+        self.dw, self.act = ConvBNAct(12, 12, groups=12, activation=None), nn.ReLU6()
+        self.pw = ConvBNAct(12, out_channels, 1, activation=None)
+
+    def forward(self, x):
+        y = self.pw(self.act(self.dw(self.expand(x))))
+        if not self.shortcut:
+            return y
+        return torch.cat([y[:, :4] + x[:, :4], y[:, 4:]], 1)
+
+
+class SiteInTheRoot(nn.Module):
+    """A chain inside a part, and a site whose convolutions the root calls through modules with Python of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(ConvBNAct(3, 8, 1), depthwise(8, kernel=5), nn.SiLU())
+        self.dw, self.pw = ConvBNAct(8, 8, groups=8), ConvBNAct(8, 6, 1, activation=nn.SiLU)
+
+    def forward(self, x):
+        return self.pw(self.dw(self.body(x)))
+
+
+@pytest.mark.parametrize(
+    ("make", "sites"),
+    [
+        (lambda: nn.Sequential(depthwise(3), pointwise(3, 4), SlicedShortcut(4, 6, False), SlicedShortcut(6, 8)), 3),
+        (SiteInTheRoot, 1),
+    ],
+)
+def test_a_site_alone_beside_a_chain(make, sites, site_calls):
+    """Where a chain has the Python around a single site written out, the site is, too."""
+    model = randomized(make()).eval()
+    x = torch.randn(2, 3, 9, 10)
+    for net in (fusedsep.fuse(model), fusedsep.freeze(model)):
+        site_calls.clear()
+        with torch.no_grad():
+            assert_as_close_to_float64(net, model, x)
+        assert len(site_calls) == sites

@@ -64,10 +64,7 @@ class Outline:
         opaque = set(analysis.opaque) - {root}
         tracer = Tracer(root, self._form, opaque, analysis.helpers)
         runs = self._find_runs(tracer.run())
-        # Python that no run needs to have written out stays what it is: a call.
-        needed = {
-            call.module for run in runs if len(run.steps) > 1 for node in run.nodes for call in node.meta["calls"]
-        }
+        needed = _written_out(runs, root)
         tracer = Tracer(root, self._form, opaque, analysis.helpers, needed | tracer.see_through)
         self._graph = tracer.run()
         self._runs = self._find_runs(self._graph)
@@ -114,6 +111,26 @@ class Outline:
             program.settings = [setting for setting in program.settings if not isinstance(setting[0], FrozenSeparable)]
             program.modes = [modes for modes in program.modes if not isinstance(modes[0], FrozenSeparable)]
         self._root.forward = kind(self._root, program, vars(self._root).get("forward"))
+
+
+def _written_out(runs: list[Run], root: nn.Module) -> set[nn.Module]:
+    """The modules whose Python must be written out; what no run needs stays a call.
+
+    A chain needs all that it was made under. A single site stays in the forward of the module that holds it, unless
+    that forward is itself written out.
+    """
+    needed = {root}
+    while True:
+        found = {
+            call.module
+            for run in runs
+            if len(run.steps) > 1 or any(site.meta["around"][-1].module in needed for site in run.site_calls)
+            for node in run.nodes
+            for call in node.meta["calls"]
+        }
+        if found <= needed:
+            return needed
+        needed |= found
 
 
 def outlines(analysis: Analysis) -> list[Outline]:

@@ -361,7 +361,10 @@ def program_from(graph: fx.Graph, owner: nn.Module, form: CallForm, kind: type, 
 
 
 def replace_sites(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-    """Make one call of a :class:`FusedCall` of every site in ``graph``; it was made under all calls of its nodes."""
+    """Make one call of a :class:`FusedCall` of every site in ``graph``.
+
+    It was made under all calls of its nodes; ``meta["around"]`` has those that all of them were made under.
+    """
     for index, chain in enumerate(find_chains(graph, modules)[0]):
         if isinstance(chain, Chain):
             site = FusedSite(chain, modules, f"separable_{index}")
@@ -370,7 +373,9 @@ def replace_sites(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
         # In the place of the first node: later ones may come after something that changes the input in place.
         with graph.inserting_before(chain.nodes[0]):
             call = graph.call_function(site, (input_of(chain.nodes[0]),))
-        call.meta["calls"] = tuple({made: None for node in chain.nodes for made in node.meta["calls"]})
+        stacks = [node.meta["calls"] for node in chain.nodes]
+        call.meta["calls"] = tuple({made: None for stack in stacks for made in stack})
+        call.meta["around"] = tuple(made for made in stacks[0] if all(made in stack for stack in stacks))
         chain.nodes[-1].replace_all_uses_with(call)
         for node in sorted(chain.nodes, reverse=True):
             graph.erase_node(node)

@@ -95,6 +95,11 @@ class Run:
         return self.steps[-1].nodes[-1]
 
     @property
+    def site_calls(self) -> list[fx.Node]:
+        """The calls that stand for several modules each."""
+        return [node for node in self.nodes if isinstance(node.target, FusedSite)]
+
+    @property
     def site_keys(self) -> set[nn.Module]:
         """What stands for its sites in a dictionary of frozen ones."""
         return {step.site for step in self.steps if step.site is not None}
