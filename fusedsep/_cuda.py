@@ -18,7 +18,7 @@ except ImportError as error:
 
 _DTYPES = () if _kernels is None else tuple(getattr(torch, name) for name in _kernels.build_info["dtypes"])
 
-#: The kernels of training, seldom faster than cuDNN's (README.md), are in use where the user asks for them.
+#: The kernels of training, not always faster than cuDNN's (README.md), are in use where the user asks for them.
 _TRAINING_VARIABLE = "FUSEDSEP_CUDA_TRAINING"
 _trains = _kernels is not None and os.environ.get(_TRAINING_VARIABLE) == "1"
 
