@@ -18,19 +18,19 @@ from . import _C, _compat, _cuda, _ops, _sync, _training
 from ._activations import ACTIVATION_CODES
 from ._checks import check_values_per_channel, checked_pads
 from ._fold import scale_and_shift_tensors
-from ._ops import BATCH_STATISTICS, FIXED_STATISTICS, NO_NORM, Operands, PointwiseOperands, Settings
+from ._ops import BATCH_STATISTICS, FIXED_STATISTICS, NO_NORM, ConvolutionOperands, Operands, Settings
 from ._padding import NO_PADS, Pads, convolution_pads
 from ._running_statistics import update_running_statistics
 
 if TYPE_CHECKING:
-    from ._pointwise import PointwiseConv
+    from ._convolution import ConvNormActivation
     from ._separable import SeparableConv
     from .functional import BatchNorm
 
 #: Depthwise convolution, its BN, pointwise convolution, its BN.
 Modules = tuple[nn.Conv2d, _BatchNorm | None, nn.Conv2d, _BatchNorm | None]
 
-AnyOperands = TypeVar("AnyOperands", Operands, PointwiseOperands)
+AnyOperands = TypeVar("AnyOperands", Operands, ConvolutionOperands)
 
 _DTYPES = (torch.float32, torch.float64)
 _TENSOR_TYPES = (torch.Tensor, nn.Parameter)
@@ -179,7 +179,7 @@ def _pads_itself(site: SeparableConv, dw: nn.Conv2d) -> bool:
     return type(dw) is site.self_padding_class and not _compat.is_patched_convolution(dw)
 
 
-def covers_norm(site: SeparableConv | PointwiseConv, bn: _BatchNorm) -> bool:
+def covers_norm(site: SeparableConv | ConvNormActivation, bn: _BatchNorm) -> bool:
     """Whether ``bn`` runs nothing but the batch normalization that ``site`` knows, in the mode that it is in."""
     if uses_batch_statistics(bn):
         covered = type(bn).forward in site.training_norm_forwards

@@ -19,6 +19,8 @@ separable_conv2d_training = torch.ops.fusedsep.separable_conv2d_training.default
 separable_conv2d_training_backward = torch.ops.fusedsep.separable_conv2d_training_backward.default
 pointwise_conv2d_training = torch.ops.fusedsep.pointwise_conv2d_training.default
 pointwise_conv2d_training_backward = torch.ops.fusedsep.pointwise_conv2d_training_backward.default
+conv2d_training = torch.ops.fusedsep.conv2d_training.default
+conv2d_training_backward = torch.ops.fusedsep.conv2d_training_backward.default
 depthwise_statistics = torch.ops.fusedsep.depthwise_statistics.default
 separable_products = torch.ops.fusedsep.separable_products.default
 normalize = torch.ops.fusedsep.normalize.default
@@ -51,8 +53,8 @@ class ChainLayer(NamedTuple):
     kernel: int = 3
 
 
-class PointwiseOperands(NamedTuple):
-    """The tensors of the training operators of a pointwise convolution besides the map, in their order."""
+class ConvolutionOperands(NamedTuple):
+    """The tensors of the training operators of one convolution besides the map, in their order."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -63,10 +65,25 @@ class PointwiseOperands(NamedTuple):
 
 
 class PointwiseSettings(NamedTuple):
-    """The arguments of the same that are no tensors, in their order."""
+    """The arguments of those of a pointwise convolution that are no tensors, in their order."""
 
     bn_mode: int
     bn_eps: float
+    activation: int
+    channels_last: bool
+
+
+class ConvolutionSettings(NamedTuple):
+    """The same for a 3x3 convolution of few channels; ``channels_last`` is the format of its output."""
+
+    bn_mode: int
+    bn_eps: float
+    stride: int
+    dilation: int
+    pad_left: int
+    pad_right: int
+    pad_top: int
+    pad_bottom: int
     activation: int
     channels_last: bool
 
@@ -87,9 +104,9 @@ class Operands(NamedTuple):
     bn2_mean: torch.Tensor | None
     bn2_var: torch.Tensor | None
 
-    def pointwise(self) -> PointwiseOperands:
+    def pointwise(self) -> ConvolutionOperands:
         """Those of the pointwise convolution."""
-        return PointwiseOperands(*self[-len(PointwiseOperands._fields) :])
+        return ConvolutionOperands(*self[-len(ConvolutionOperands._fields) :])
 
 
 class Settings(NamedTuple):
@@ -206,10 +223,29 @@ def _(x, weight, *others):  # type: ignore[no-untyped-def]
 @torch.library.register_fake("fusedsep::pointwise_conv2d_training_backward")
 def _(grad_y, x, x_normalization, p, weight, *others):  # type: ignore[no-untyped-def]
     *_, channels_last, wanted = others
-    grads = [_dense(x, *x.shape, channels_last) if wanted & 1 else x.new_empty(0)]
-    for bit, shape in enumerate([weight.shape, *3 * [weight.shape[:1]]], 1):
-        grads.append(x.new_empty(shape if wanted >> bit & 1 else 0))
-    return tuple(grads)
+    grad_x = _dense(x, *x.shape, channels_last) if wanted & 1 else x.new_empty(0)
+    return grad_x, *_convolution_gradients(weight, wanted >> 1)
+
+
+@torch.library.register_fake("fusedsep::conv2d_training")
+def _(x, weight, *others):  # type: ignore[no-untyped-def]
+    settings = ConvolutionSettings(*others[-len(ConvolutionSettings._fields) :])
+    channels = weight.shape[0]
+    y = _map(x, channels, *settings[2:8], settings.channels_last)
+    p = _map(x, channels, *settings[2:8], True)
+    size = channels if settings.bn_mode == BATCH_STATISTICS else 0
+    return y, p, x.new_empty(size), x.new_empty(size), x.new_empty((4, channels))
+
+
+@torch.library.register_fake("fusedsep::conv2d_training_backward")
+def _(grad_y, x, p, weight, *others):  # type: ignore[no-untyped-def]
+    return tuple(_convolution_gradients(weight, others[-1]))
+
+
+def _convolution_gradients(weight, wanted):  # type: ignore[no-untyped-def]
+    """Of the weight, the bias and those of the BN."""
+    shapes = [weight.shape, *3 * [weight.shape[:1]]]
+    return [weight.new_empty(shape if wanted >> bit & 1 else 0) for bit, shape in enumerate(shapes)]
 
 
 @torch.library.register_fake("fusedsep::depthwise_statistics")

@@ -16,11 +16,20 @@ from torch.autograd import forward_ad
 
 from . import _compat, _kept_input, _ops
 from ._activations import ACTIVATION_NAMES, apply_activation
-from ._ops import BATCH_STATISTICS, FIXED_STATISTICS, NO_NORM, Operands, PointwiseOperands, PointwiseSettings, Settings
+from ._ops import (
+    BATCH_STATISTICS,
+    FIXED_STATISTICS,
+    NO_NORM,
+    ConvolutionOperands,
+    ConvolutionSettings,
+    Operands,
+    PointwiseSettings,
+    Settings,
+)
 
-#: The tensors, and the rest of the arguments, of either training operator.
-AnyOperands = Operands | PointwiseOperands
-AnySettings = Settings | PointwiseSettings
+#: The tensors, and the rest of the arguments, of any training operator.
+AnyOperands = Operands | ConvolutionOperands
+AnySettings = Settings | PointwiseSettings | ConvolutionSettings
 
 
 # ----------------------------------------------------------------------------------------------------------- composite
@@ -49,12 +58,24 @@ def _separable_maps(x: torch.Tensor, operands: Operands, settings: Settings) -> 
     return maps._replace(normalized=(depthwise, *maps.normalized))
 
 
-def _pointwise_maps(x: torch.Tensor, operands: PointwiseOperands, settings: PointwiseSettings) -> _Maps:
+def _pointwise_maps(x: torch.Tensor, operands: ConvolutionOperands, settings: PointwiseSettings) -> _Maps:
     t, s = operands, settings
-    product = F.conv2d(x, t.weight)
-    pointwise = product if t.bias is None else product + t.bias.view(-1, 1, 1)
-    y = _composite_norm(pointwise, s.bn_mode, t.bn_mean, t.bn_var, t.bn_weight, t.bn_bias, s.bn_eps)
-    return _Maps(apply_activation(ACTIVATION_NAMES[s.activation], y), product, (pointwise,))
+    return _normalized_maps(F.conv2d(x, t.weight), t, s)
+
+
+def _convolution_maps(x: torch.Tensor, operands: ConvolutionOperands, settings: ConvolutionSettings) -> _Maps:
+    t, s = operands, settings
+    padded = F.pad(x, (s.pad_left, s.pad_right, s.pad_top, s.pad_bottom))
+    return _normalized_maps(F.conv2d(padded, t.weight, None, s.stride, 0, s.dilation), t, s)
+
+
+def _normalized_maps(
+    product: torch.Tensor, operands: ConvolutionOperands, settings: PointwiseSettings | ConvolutionSettings
+) -> _Maps:
+    t, s = operands, settings
+    biased = product if t.bias is None else product + t.bias.view(-1, 1, 1)
+    y = _composite_norm(biased, s.bn_mode, t.bn_mean, t.bn_var, t.bn_weight, t.bn_bias, s.bn_eps)
+    return _Maps(apply_activation(ACTIVATION_NAMES[s.activation], y), product, (biased,))
 
 
 def _composite_norm(
@@ -94,8 +115,8 @@ def _composite_normalization(
     p: torch.Tensor,
     mean: torch.Tensor,
     var: torch.Tensor,
-    operands: PointwiseOperands,
-    settings: PointwiseSettings,
+    operands: ConvolutionOperands,
+    settings: PointwiseSettings | ConvolutionSettings,
 ) -> torch.Tensor:
     """What makes ``y`` of ``p``, as :mod:`fusedsep._kept_input` says it."""
     t = operands
@@ -125,6 +146,7 @@ class _Operator:
         operands, settings: the types of its arguments.
         norms: the names of its BNs there.
         maps: the same through ATen.
+        reads_maps: its input may be the output of another block, and has a gradient; otherwise it is an image.
     """
 
     def __init__(
@@ -135,15 +157,16 @@ class _Operator:
         settings: type[AnySettings],
         norms: tuple[str, ...],
         maps: Callable[[torch.Tensor, Any, Any], _Maps],
+        reads_maps: bool = True,
     ) -> None:
         self.name, self.function, self.operands, self.settings = name, function, operands, settings
-        self.norms, self.maps = norms, maps
+        self.norms, self.maps, self.reads_maps = norms, maps, reads_maps
         self.forward: Callable[..., tuple[torch.Tensor, ...]] = getattr(_ops, name)
         #: How many arguments are the map or an operand.
         self.tensors = 1 + len(operands._fields)
         #: Which of them the gradients of the backward operator belong to, in the order of its results.
         self.differentiable = [
-            0,
+            *([0] if reads_maps else []),
             *(1 + i for i, field in enumerate(operands._fields) if not field.endswith(("_mean", "_var"))),
         ]
 
@@ -179,6 +202,18 @@ class PointwiseConvFunction(torch.autograd.Function):
         return _backward(ctx, grad_y)
 
 
+class ConvolutionFunction(torch.autograd.Function):
+    """The same for a 3x3 convolution of an image, which has no gradient and is kept as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        return _forward(ctx, _OPERATORS[ConvolutionSettings], arguments)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
+        return _backward(ctx, grad_y)
+
+
 #: By the type of the settings.
 _OPERATORS: dict[type, _Operator] = {
     Settings: _Operator(
@@ -187,10 +222,19 @@ _OPERATORS: dict[type, _Operator] = {
     PointwiseSettings: _Operator(
         "pointwise_conv2d_training",
         PointwiseConvFunction,
-        PointwiseOperands,
+        ConvolutionOperands,
         PointwiseSettings,
         ("bn",),
         _pointwise_maps,
+    ),
+    ConvolutionSettings: _Operator(
+        "conv2d_training",
+        ConvolutionFunction,
+        ConvolutionOperands,
+        ConvolutionSettings,
+        ("bn",),
+        _convolution_maps,
+        reads_maps=False,
     ),
 }
 
@@ -210,7 +254,7 @@ def _forward(ctx: Any, operator: _Operator, arguments: Sequence[Any]) -> tuple[t
     ctx.settings = settings
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(p, *statistics, normalization)
-    kept, x_normalization = _kept_input.kept_for_backward(x)
+    kept, x_normalization = _kept_input.kept_for_backward(x) if operator.reads_maps else (x, None)
     ctx.origin = None if kept is x else x.grad_fn  # the block that made the product
     ctx.save_for_backward(kept, x_normalization, p, *operands)
     ctx.product = _kept_input.remember(y, p, normalization)
@@ -298,7 +342,8 @@ def gradients(
         p = getattr(_ops, operator.name)(x, *operands, *settings)[1]
     bits = sum(1 << bit for bit, i in enumerate(operator.differentiable) if needed[i])
     backward = getattr(_ops, f"{operator.name}_backward")
-    grads = backward(grad_y, x, x_normalization, p, *operands, *settings, bits)
+    inputs = (x, x_normalization) if operator.reads_maps else (x,)
+    grads = backward(grad_y, *inputs, p, *operands, *settings, bits)
     for bit, i in enumerate(operator.differentiable):
         if needed[i]:
             result[i] = grads[bit]
@@ -312,7 +357,11 @@ def _training_kernel(operator: _Operator) -> Callable[..., tuple[torch.Tensor, .
     """A training operator where autograd looks on."""
 
     def kernel(*arguments: Any) -> tuple[torch.Tensor, ...]:
-        if _compat.functorch_is_active() or _compat.forward_ad_is_active():
+        if (
+            _compat.functorch_is_active()
+            or _compat.forward_ad_is_active()
+            or (not operator.reads_maps and _wants_gradient(arguments[:1]))
+        ):
             return _composite_outputs(*operator.split(arguments))
         if _wants_gradient(arguments):
             return operator.function.apply(*arguments)
@@ -355,6 +404,7 @@ for _overload in (_ops.pack, _ops.pack_depthwise, _ops.separable_conv2d):
 for _overload in (
     _ops.separable_conv2d_training_backward,
     _ops.pointwise_conv2d_training_backward,
+    _ops.conv2d_training_backward,
     _ops.depthwise_statistics,
     _ops.separable_products,
     _ops.normalize,

@@ -158,6 +158,12 @@ def pointwise_calls(monkeypatch):
 
 
 @pytest.fixture
+def convolution_calls(monkeypatch):
+    """The same for that of a 3x3 convolution of images."""
+    return _record_calls(monkeypatch, "conv2d_training")
+
+
+@pytest.fixture
 def backward_calls(monkeypatch):
     """The same for the operator that computes gradients."""
     return _record_calls(monkeypatch, "separable_conv2d_training_backward")

@@ -16,6 +16,7 @@ import torch
 import training_reference
 from cases import ACTIVATION_CODES, Case, operands
 from chain_layers import DEPTHWISE, PATCHES, PATCHES_OF_NCHW, Layer, arguments, depthwise_map, expand, network
+from training_pairs import in_format
 
 import fusedsep
 from fusedsep import _C, _ops
@@ -93,35 +94,39 @@ def check(case: Case, dtype: type, channels_last: bool, isa: str) -> None:
         assert np.array_equal(y.permute(0, 2, 3, 1) if channels_last else y, expected)
 
 
-def check_training(case: Case, dtype: torch.dtype, channels_last: bool) -> None:
-    given = training_reference.arguments(case, bias=True, distance=0)
+def check_training(case: Case, dtype: torch.dtype, channels_last: bool, modes: tuple, whole: bool = False) -> None:
+    given = training_reference.arguments(case, modes, bias=True, distance=0, whole=whole)
     settings = training_reference.settings(given, channels_last)
+    forward, backward = training_reference.operators(given)
 
     def there(tensor: torch.Tensor | None, at_end: bool) -> torch.Tensor | None:
         if tensor is None:
             return None
-        if tensor.dim() == 4 and channels_last and tensor.shape[0] == case.batch:
+        if not tensor.is_contiguous():  # channels_last
             return torch.from_numpy(guarded(tensor.permute(0, 2, 3, 1).numpy(), at_end)).permute(0, 3, 1, 2)
         return torch.from_numpy(guarded(tensor.numpy(), at_end))
 
     expected = [*itertools.chain(*training_reference.run(given, dtype, channels_last))]
+    maps = [in_format(tensor, channels_last) for tensor in (given.x, given.grad_y)]
     for at_end in (True, False):
         x, grad_y, *operands = (
-            there(None if tensor is None else tensor.to(dtype), at_end)
-            for tensor in (given.x, given.grad_y, *given.operands)
+            there(None if tensor is None else tensor.to(dtype), at_end) for tensor in (*maps, *given.operands)
         )
-        outputs = _ops.separable_conv2d_training(x, *operands, *settings)
-        p, *statistics = (there(output, at_end) for output in outputs[1:6])
-        operands[4:6], operands[10:12] = statistics[:2], statistics[2:]
+        *outputs, _ = forward(x, *operands, *settings)
+        p, *statistics = (there(output, at_end) for output in outputs[1:])
+        operands = training_reference.with_statistics(given, operands, statistics)
         wanted = training_reference.all_wanted(given)
-        gradients = _ops.separable_conv2d_training_backward(grad_y, x, None, p, *operands, *settings, wanted)
-        for ours, exact in zip((*outputs[:6], *gradients), expected, strict=True):
+        inputs = (x,) if whole else (x, None)
+        gradients = backward(grad_y, *inputs, p, *operands, *settings, wanted)
+        for ours, exact in zip((*outputs, *gradients), expected, strict=True):
             assert torch.equal(ours, exact)
+        if whole:
+            continue
         # The same numbers as the product of a block before, and what that block makes of it.
         normalization = there(torch.cat([torch.randn(3, x.shape[1]), torch.ones(1, x.shape[1])]).to(dtype), at_end)
         y = _ops.normalize(x, normalization[:3].double(), 1, channels_last)
-        of_input = _ops.separable_conv2d_training_backward(grad_y, y, None, p, *operands, *settings, wanted)
-        of_product = _ops.separable_conv2d_training_backward(grad_y, x, normalization, p, *operands, *settings, wanted)
+        of_input = backward(grad_y, y, None, p, *operands, *settings, wanted)
+        of_product = backward(grad_y, x, normalization, p, *operands, *settings, wanted)
         for ours, exact in zip(of_product, of_input, strict=True):
             assert torch.equal(ours, exact)
 
@@ -162,8 +167,13 @@ def main() -> None:
     for case, dtype, channels_last in itertools.product(CASES, (np.float32, np.float64), (False, True)):
         print(case, dtype.__name__, "channels_last" if channels_last else "nchw", flush=True)
         check(case, dtype, channels_last, sys.argv[1])
+        precision = torch.float32 if dtype is np.float32 else torch.float64
         if case.batch * case.out_shape[2] * case.out_shape[3] > 1:
-            check_training(case, torch.float32 if dtype is np.float32 else torch.float64, channels_last)
+            check_training(case, precision, channels_last, (2, 2))
+            if case.in_channels <= 8:
+                check_training(case, precision, channels_last, (2,), whole=True)
+        if case.batch * case.height * case.width > 1:
+            check_training(case, precision, channels_last, (2,))
     for channels, size, dtype in itertools.product((1, 3, 5), (5, 8, 17, 33), (torch.float32, torch.float64)):
         print("chain", channels, size, dtype, flush=True)
         check_chain(channels, size, dtype)

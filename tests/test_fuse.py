@@ -93,7 +93,8 @@ def test_owner_is_the_innermost_module_that_holds_the_site():
     in_eval = [module for module in regenerated(fused) if False in module.forward.programs]
     assert in_eval == [fused, *(fused.features[i].conv for i in (1, 2, 3))]  # the first one has the chains
     others = [module for module in regenerated(fused) if module not in in_eval]
-    assert others == [fused.features[2].conv[0], fused.features[3].conv[0], fused.features[4]]  # 1x1 convolutions
+    features = fused.features  # the first convolution, and 1x1 convolutions
+    assert others == [features[0], features[2].conv[0], features[3].conv[0], features[4]]
 
 
 @pytest.mark.parametrize("training", [False, True])

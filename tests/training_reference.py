@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Arguments of the training operators for a :class:`cases.Case`, and what torch computes from them.
 
-With one mode instead of two they are those of the pointwise convolution alone.
+With one mode instead of two they are those of the pointwise convolution alone, or of a whole 3x3 one.
 
-``outcome`` is always: y, batch mean and variance of either BN where it has them, gradients of x and of each parameter
-that there is.
+``outcome`` is always: y, batch mean and variance of either BN where it has them, gradients of x (unless it is the image
+of a whole convolution) and of each parameter that there is.
 """
 
 from __future__ import annotations
@@ -51,24 +51,27 @@ class Arguments(NamedTuple):
     x: torch.Tensor
     operands: tuple[torch.Tensor | None, ...]
     grad_y: torch.Tensor
+    #: Which of depthwise (0), pointwise (1) and whole convolution (2) take part.
+    levels: tuple[int, ...]
 
     @property
-    def levels(self) -> tuple[int, ...]:
-        """Which of depthwise (0) and pointwise (1) convolution take part."""
-        return (0, 1)[-len(self.modes) :]
+    def reads_an_image(self) -> bool:
+        """Whether x has no gradient."""
+        return self.levels == (2,)
 
     @property
     def activations(self) -> list[str]:
         """What follows each of them."""
         both = self.case.activation, self.case.pointwise_activation
-        return [both[level] for level in self.levels]
+        return [both[min(level, 1)] for level in self.levels]
 
 
-def arguments(case: Case, modes=(2, 2), bias=False, seed=0, mean=0.0, distance=1e-4) -> Arguments:
+def arguments(case: Case, modes=(2, 2), bias=False, seed=0, mean=0.0, distance=1e-4, whole=False) -> Arguments:
     """Random arguments of the size that networks have.
 
     No activation sees a number within ``distance`` of a kink, where rounding would decide about the derivative.
     """
+    levels = (2,) if whole else (0, 1)[-len(modes) :]
     for attempt in range(200):
         generator = torch.Generator().manual_seed(1000 * seed + attempt)
 
@@ -78,14 +81,17 @@ def arguments(case: Case, modes=(2, 2), bias=False, seed=0, mean=0.0, distance=1
 
         c, o = case.in_channels, case.out_channels
         operands = []
-        convolutions = [(c, normal(c, 1, 3, 3, scale=0.7)), (o, normal(o, c, 1, 1, scale=1.5 / c**0.5))]
-        for mode, (channels, weight) in zip(modes, convolutions[-len(modes) :], strict=True):
+        weights = [normal(c, 1, 3, 3, scale=0.7), normal(o, c, 1, 1, scale=1.5 / c**0.5)]
+        if whole:
+            weights.append(normal(o, c, 3, 3, scale=0.5 / c**0.5))
+        for mode, level in zip(modes, levels, strict=True):
+            weight, channels = weights[level], o if level else c
             operands += [weight, normal(channels, scale=0.5) if bias else None]
             operands += [normal(channels), normal(channels, scale=0.5)] if mode else [None, None]
             operands += [normal(channels, scale=0.2), normal(channels).abs() + 0.5] if mode == 1 else [None, None]
         x = normal(case.batch, c, case.height, case.width) + mean
-        shape = case.out_shape if len(modes) == 2 else (case.batch, o, case.height, case.width)
-        given = Arguments(case, modes, x, tuple(operands), normal(*shape))
+        shape = (case.batch, o, case.height, case.width) if levels == (1,) else case.out_shape
+        given = Arguments(case, modes, x, tuple(operands), normal(*shape), levels)
         if _distance_from_kinks(given) > distance:
             return given
     raise AssertionError(f"no arguments away from the kinks of {case}")
@@ -105,12 +111,14 @@ def _forward(given: Arguments, x, operands, rounding=lambda x: x):
         if level == 0:
             value = F.pad(value, case.pads)
             value = F.conv2d(value, weight, bias, case.stride, 0, case.dilation, groups=case.in_channels)
-        else:
+        elif level == 1:
             value = F.conv2d(value, weight, bias)
+        else:
+            value = F.conv2d(F.pad(value, case.pads), weight, bias, case.stride, 0, case.dilation)
         value = rounding(value)
         maps.append(value)
         if given.modes[i]:
-            value = F.batch_norm(value, mean, variance, gamma, beta, given.modes[i] == 2, 0.0, EPS[level])
+            value = F.batch_norm(value, mean, variance, gamma, beta, given.modes[i] == 2, 0.0, EPS[level > 0])
             value = rounding(value)
         seen.append(value)
         value = ACTIVATIONS[activation](value)
@@ -138,10 +146,11 @@ def outcome_of_torch(given: Arguments, dtype=torch.double, rounding=lambda x: x,
     def leaf(tensor, requires_grad):
         return None if tensor is None else tensor.to(device, dtype).requires_grad_(requires_grad)
 
-    x = leaf(given.x.detach().clone(), True)
+    x = leaf(given.x.detach().clone(), not given.reads_an_image)
     operands = [leaf(None if t is None else t.clone(), _is_parameter(i)) for i, t in enumerate(given.operands)]
     y, maps, _ = _forward(given, x, operands, rounding)
-    wanted = [x, *(t for i, t in enumerate(operands) if t is not None and _is_parameter(i))]
+    wanted = [] if given.reads_an_image else [x]
+    wanted += [t for i, t in enumerate(operands) if t is not None and _is_parameter(i)]
     gradients = torch.autograd.grad(y, wanted, given.grad_y.to(device, dtype))
     statistics = []
     for mode, value in zip(given.modes, maps, strict=True):
@@ -214,6 +223,9 @@ def settings(given: Arguments, channels_last: bool) -> tuple:
     case = given.case
     if given.levels == (1,):
         return given.modes[0], EPS[1], ACTIVATION_CODES[case.pointwise_activation], channels_last
+    if given.levels == (2,):
+        geometry = case.stride, case.dilation, *case.pads
+        return given.modes[0], EPS[1], *geometry, ACTIVATION_CODES[case.pointwise_activation], channels_last
     return (
         given.modes[0],
         EPS[0],
@@ -234,25 +246,40 @@ def run(given: Arguments, dtype=torch.double, channels_last=False, wanted=None, 
     x = given.x.to(device, dtype).contiguous(memory_format=memory_format)
     operands = [None if t is None else t.to(device, dtype) for t in given.operands]
     rest = settings(given, channels_last)
-    if given.levels == (1,):
-        forward, backward = _ops.pointwise_conv2d_training, _ops.pointwise_conv2d_training_backward
-    else:
-        forward, backward = _ops.separable_conv2d_training, _ops.separable_conv2d_training_backward
+    forward, backward = operators(given)
     y, p, *statistics, _ = forward(x, *operands, *rest)
-    for i, mode in enumerate(given.modes):
-        if mode == 2:
-            operands[6 * i + 4 : 6 * i + 6] = statistics[2 * i : 2 * i + 2]
+    operands = with_statistics(given, operands, statistics)
     if grad_y is None:
         grad_y = given.grad_y.to(device, dtype).contiguous(memory_format=memory_format)
     if wanted is None:
         wanted = all_wanted(given)
-    gradients = backward(grad_y, x, None, p, *operands, *rest, wanted)
+    inputs = (x,) if given.reads_an_image else (x, None)
+    gradients = backward(grad_y, *inputs, p, *operands, *rest, wanted)
     return [y, p, *statistics], list(gradients)
 
 
+def operators(given: Arguments) -> tuple:
+    """The training operator and its backward."""
+    return {
+        (0, 1): (_ops.separable_conv2d_training, _ops.separable_conv2d_training_backward),
+        (1,): (_ops.pointwise_conv2d_training, _ops.pointwise_conv2d_training_backward),
+        (2,): (_ops.conv2d_training, _ops.conv2d_training_backward),
+    }[given.levels]
+
+
+def with_statistics(given: Arguments, operands: list, statistics: list) -> list:
+    """``operands`` for the backward operator: where a BN took those of the batch, with what it took."""
+    operands = list(operands)
+    for i, mode in enumerate(given.modes):
+        if mode == 2:
+            operands[6 * i + 4 : 6 * i + 6] = statistics[2 * i : 2 * i + 2]
+    return operands
+
+
 def all_wanted(given: Arguments) -> int:
-    """The bits of x and of the parameters that there are."""
-    present = [True, *(t is not None for i, t in enumerate(given.operands) if _is_parameter(i))]
+    """The bits of x, where it has a gradient, and of the parameters that there are."""
+    present = [] if given.reads_an_image else [True]
+    present += [t is not None for i, t in enumerate(given.operands) if _is_parameter(i)]
     return sum(1 << bit for bit, there in enumerate(present) if there)
 
 

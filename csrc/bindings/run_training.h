@@ -177,6 +177,39 @@ class TrainingRun {
     if (sum != nullptr) merge_sums(tiles_, sums, padded, sum, moment);
   }
 
+  // The weight gradient [out_channels][in_channels] of a convolution whose rows are patches.
+  void convolution_backward(T* grad_weight) {
+    static thread_local Workspace workspace;
+    const SeparableParams<T>& conv = params.conv;
+    const int64_t tiles = tiles_.count(), padded = padded_channels(conv.out_channels), size = conv.in_channels * padded;
+    // Parts of the tiles side by side, of which each thread takes some: their number depends on sizes alone.
+    constexpr int64_t kMostSums = 256 * 1024;
+    const int64_t parts = std::min({kParts, std::max<int64_t>(1, kMostSums / size), tiles});
+    std::vector<double> sums(size_t(std::max<int64_t>(1, parts) * size));
+    const int64_t workers = std::min(parts, threads_);
+    const int64_t scratch_size =
+        rounded(kernels_.convolution_scratch_size(conv.in_channels, conv.out_channels, tiles_.most_pixels()));
+    T* const scratch = static_cast<T*>(workspace.get(size_t(workers * scratch_size) * sizeof(T)));
+    parallel_for_(workers, [&](int64_t first, int64_t last) {
+      for (int64_t worker = first; worker < last; ++worker) {
+        for (int64_t part = worker * parts / workers; part < (worker + 1) * parts / workers; ++part) {
+          for (int64_t i = part * tiles / parts; i < (part + 1) * tiles / parts; ++i) {
+            kernels_.convolution_backward(params, tiles_[i], scratch + worker * scratch_size,
+                                          sums.data() + part * size);
+          }
+        }
+      }
+    });
+    for (int64_t part = 1; part < parts; ++part) {
+      for (int64_t i = 0; i < size; ++i) sums[size_t(i)] += sums[size_t(part * size + i)];
+    }
+    for (int64_t o = 0; o < conv.out_channels; ++o) {
+      for (int64_t k = 0; k < conv.in_channels; ++k) {
+        grad_weight[o * conv.in_channels + k] = T(sums[size_t(k * padded + o)]);
+      }
+    }
+  }
+
   // grad_x where params has it; the weight gradient [in_channels][9] unless it is null.
   void depthwise_backward(T* grad_weight) {
     static thread_local Workspace workspace;

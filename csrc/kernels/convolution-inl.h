@@ -135,7 +135,6 @@ template <typename T>
 struct Run {
   const T* x;  // the first tap of the first pixel
   int64_t step, count;
-  T* y;
 };
 
 // Vectors of half the lanes are taken where those of AVX-512 would be half empty. Without AVX-512VL they have 16
@@ -143,12 +142,12 @@ struct Run {
 template <class V>
 constexpr int kHalfTileRows = int(min_of(Tiling<V>::kTileRows, 12));
 
-// Output channels [column_begin, column_end) of a run. A last vector that is at most half full is worked on as a vector
-// of half the lanes, which costs half as much.
+// Output channels [column_begin, column_end) of a run, at `out`. A last vector that is at most half full is worked on
+// as a vector of half the lanes, which costs half as much.
 template <class V>
 void convolve_run(const Run<typename V::T>& run, const TapList<V>& list, const typename V::T* weights, int64_t depth,
-                  const typename V::T* bias, int64_t column_begin, int64_t column_end, int64_t out_channels,
-                  Epilogue<typename V::T>& epilogue) {
+                  const typename V::T* bias, int64_t column_begin, int64_t column_end, typename V::T* out,
+                  int64_t out_channels, Epilogue<typename V::T>& epilogue) {
   using T = typename V::T;
   using Half = typename V::Half;
   constexpr int64_t L = V::kLanes;
@@ -163,18 +162,18 @@ void convolve_run(const Run<typename V::T>& run, const TapList<V>& list, const t
   for (int64_t b = 0; b < blocks; ++b) {
     const Block block = block_at(run.count, blocks, b);
     const T* const x = run.x + block.begin * run.step;
-    T* const y = run.y + block.begin * out_channels;
+    T* const y = out + block.begin * out_channels;
     for (int64_t q = column_begin; q < column_end; q += Tiling<V>::kTileColumns) {
       const int64_t width = round_up(min_of(Tiling<V>::kTileColumns, column_end - q), L);
       const int64_t whole = min_of(width, whole_end - q);
       const T* const panel = weights + q * depth;
       if (whole > 0) {
-        epilogue.bias = bias + q;
+        if (epilogue.last) epilogue.bias = bias + q;
         kWhole.table[ceil_div(whole, L) - 1][block.size - 1](list.taps, list.count, x, run.step, panel, width, y + q,
                                                              out_channels, whole, epilogue);
       }
       if (whole < width && halved) {
-        epilogue.bias = bias + q + whole;
+        if (epilogue.last) epilogue.bias = bias + q + whole;
         kHalf.table[0][block.size - 1](list.taps, list.count, x, run.step, panel + whole, width, y + q + whole,
                                        out_channels, tail, epilogue);
       }
@@ -182,48 +181,67 @@ void convolve_run(const Run<typename V::T>& run, const TapList<V>& list, const t
   }
 }
 
-// Panels [panel_begin, panel_end) of the output channels over the tile.
-template <class V>
-void convolve(const SeparableParams<typename V::T>& p, const Tile& tile, int64_t panel_begin, int64_t panel_end) {
+// f(run, taps, pixel) for the pixels of a tile, numbered from its first one, that read the same taps of `patch`.
+template <class V, class F>
+FUSEDSEP_INLINE void for_each_run(const SeparableParams<typename V::T>& p, const Patch<typename V::T>& patch,
+                                  const Tile& tile, const F& f) {
   using T = typename V::T;
-  const PackedLayout<V> layout(p.in_channels, p.out_channels, true);
-  const int64_t column_begin = panel_begin * Tiling<V>::kTileColumns;
-  const int64_t column_end = min_of(panel_end * Tiling<V>::kTileColumns, p.out_channels);
   const int64_t out_pixels = p.out_height * p.out_width, first = tile.begin % out_pixels;
-  const int64_t depth_step = depth_step_of<V>(p.in_channels);
-
-  const Span columns_inside = columns_inside_of(p, 0);
-  Patch<T> patch(p);
   const int64_t map = p.height * patch.of_row * (patch.channels_first ? patch.channels : 1);
+  const Span columns_inside = columns_inside_of(p, 0);
+  TapList<V> lists[8];  // by the columns inside
+  const T* image = p.x + (tile.image + tile.begin / out_pixels) * map;
+  int64_t i = first / p.out_width, j = first % p.out_width;
+  for (int64_t pixel = tile.begin; pixel < tile.end;) {
+    const int64_t row = i * p.stride - p.pad_top, column = j * p.stride - p.pad_left;
+    const int inside = taps_inside(column, p.dilation, p.width);
+    Run<T> run{image + row * patch.of_row + column * patch.of_column, p.stride * patch.of_column, 1};
+    const int64_t most = min_of(tile.end - pixel, p.out_width - j);
+    if (j >= columns_inside.begin && j < columns_inside.end) {
+      run.count = min_of(most, columns_inside.end - j);
+    } else {
+      const auto reads_the_same = [&](int64_t m) {
+        return taps_inside(column + m * p.stride, p.dilation, p.width) == inside;
+      };
+      while (run.count < most && reads_the_same(run.count)) ++run.count;
+    }
+    lists[inside].list(patch, taps_inside(row, p.dilation, p.height), inside);
+    f(run, lists[inside], pixel - tile.begin);
+    pixel += run.count;
+    j += run.count;
+    if (j == p.out_width) j = 0, ++i;
+    if (i == p.out_height) i = 0, image += map;
+  }
+}
+
+// The parts of the depth that one chain sums each: f(patch).
+template <class V, class F>
+FUSEDSEP_INLINE void for_each_patch_part(const SeparableParams<typename V::T>& p, const F& f) {
+  Patch<typename V::T> patch(p);
+  const int64_t depth_step = depth_step_of<V>(p.in_channels);
   for (patch.begin = 0; patch.begin < p.in_channels; patch.begin = patch.end) {
     patch.end = min_of(patch.begin + depth_step, p.in_channels);
-    Epilogue<T> epilogue{nullptr, patch.begin == 0, patch.end == p.in_channels, p.pointwise_activation, nullptr};
-    TapList<V> lists[8];  // by the columns inside
-    const T* image = p.x + (tile.image + tile.begin / out_pixels) * map;
-    int64_t i = first / p.out_width, j = first % p.out_width;
-    for (int64_t pixel = tile.begin; pixel < tile.end;) {
-      const int64_t row = i * p.stride - p.pad_top, column = j * p.stride - p.pad_left;
-      const int inside = taps_inside(column, p.dilation, p.width);
-      Run<T> run{image + row * patch.of_row + column * patch.of_column, p.stride * patch.of_column, 1,
-                 p.y + (tile.image * out_pixels + pixel) * p.out_channels};
-      const int64_t most = min_of(tile.end - pixel, p.out_width - j);
-      if (j >= columns_inside.begin && j < columns_inside.end) {
-        run.count = min_of(most, columns_inside.end - j);
-      } else {
-        const auto reads_the_same = [&](int64_t m) {
-          return taps_inside(column + m * p.stride, p.dilation, p.width) == inside;
-        };
-        while (run.count < most && reads_the_same(run.count)) ++run.count;
-      }
-      lists[inside].list(patch, taps_inside(row, p.dilation, p.height), inside);
-      convolve_run<V>(run, lists[inside], p.packed + layout.pointwise, p.in_channels, p.packed + layout.pointwise_bias,
-                      column_begin, column_end, p.out_channels, epilogue);
-      pixel += run.count;
-      j += run.count;
-      if (j == p.out_width) j = 0, ++i;
-      if (i == p.out_height) i = 0, image += map;
-    }
+    f(patch);
   }
+}
+
+// Panels [panel_begin, panel_end) of the output channels over the tile. `weights` as column panels of the product; a
+// null `bias` means neither bias nor activation.
+template <class V>
+void convolve(const SeparableParams<typename V::T>& p, const typename V::T* weights, const typename V::T* bias,
+              const Tile& tile, int64_t panel_begin, int64_t panel_end) {
+  using T = typename V::T;
+  const int64_t column_begin = panel_begin * Tiling<V>::kTileColumns;
+  const int64_t column_end = min_of(panel_end * Tiling<V>::kTileColumns, p.out_channels);
+  T* const y = p.y + (tile.image * p.out_height * p.out_width + tile.begin) * p.out_channels;
+  for_each_patch_part<V>(p, [&](const Patch<T>& patch) {
+    const bool last = bias != nullptr && patch.end == p.in_channels;
+    Epilogue<T> epilogue{nullptr, patch.begin == 0, last, p.pointwise_activation, nullptr};
+    for_each_run<V>(p, patch, tile, [&](const Run<T>& run, const TapList<V>& taps, int64_t pixel) {
+      convolve_run<V>(run, taps, weights, p.in_channels, bias, column_begin, column_end, y + pixel * p.out_channels,
+                      p.out_channels, epilogue);
+    });
+  });
 }
 
 }  // namespace

@@ -43,9 +43,9 @@ FUSEDSEP_INLINE typename V::T* gradient_column(const WeightGradient<typename V::
   return gradient.columns + panel * gradient.depth + pixel * width + (c - panel);
 }
 
-// gp as an operand of the product with the transposed weights.
-template <class V, bool kChannelsLast>
-void product_gradient(const TrainingParams<typename V::T>& p, const Tile& tile, typename V::T* gp) {
+// gp of a tile, to where `place(strip)` says.
+template <class V, bool kChannelsLast, class F>
+void product_gradient(const TrainingParams<typename V::T>& p, const Tile& tile, const F& place) {
   const int64_t channels = p.conv.out_channels, pitch = map_pitch<kChannelsLast>(p.conv, channels);
   const int64_t pixels = tile.end - tile.begin;
   const auto* product = tile_of_map<kChannelsLast>(p.conv.y, p.conv, tile, channels);
@@ -53,7 +53,7 @@ void product_gradient(const TrainingParams<typename V::T>& p, const Tile& tile, 
   for_each_strip<V, kChannelsLast>(channels, pixels, kOperandStrip<V>, [&](const Strip& strip) {
     const auto values = in_map<V, kChannelsLast>(product, pitch, strip);
     const auto gradients = in_map<V, kChannelsLast>(grad_y, pitch, strip);
-    const auto out = in_operand<V, kChannelsLast>(gp, channels, pixels, strip);
+    const Lane<V, kChannelsLast> out = place(strip);
     const StripAffine<V, kChannelsLast> affine(p.affine2, strip);
     const StripCorrection<V, kChannelsLast> corrected(p.correction2, strip);
     for (int64_t i = 0; i < strip.count; ++i) {
@@ -126,7 +126,8 @@ void pointwise_backward(const TrainingParams<typename V::T>& p, const Tile& tile
   const int64_t in_channels = p.conv.in_channels, out_channels = p.conv.out_channels, pixels = tile.end - tile.begin;
   T *d = scratch + layout.h, *gp = scratch + layout.gp;
 
-  product_gradient<V, kChannelsLast>(p, tile, gp);
+  product_gradient<V, kChannelsLast>(
+      p, tile, [&](const Strip& strip) { return in_operand<V, kChannelsLast>(gp, out_channels, pixels, strip); });
   if (gradient != nullptr) {
     if constexpr (kChannelsLast) {
       transpose_rows<V>(gp, out_channels, pixels, *gradient, offset);

@@ -55,7 +55,9 @@ void pointwise(const SeparableParams<typename V::T>& params, const Tile& tile, i
                const typename V::T* scratch) {
   using T = typename V::T;
   if (params.rows == Rows::kPatches || params.rows == Rows::kPatchesOfNchw) {
-    convolve<V>(params, tile, panel_begin, panel_end);
+    const PackedLayout<V> layout(params.in_channels, params.out_channels, true);
+    convolve<V>(params, params.packed + layout.pointwise, params.packed + layout.pointwise_bias, tile, panel_begin,
+                panel_end);
     return;
   }
   const int64_t pixels = tile.end - tile.begin, out_pixels = params.out_height * params.out_width;

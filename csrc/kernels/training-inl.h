@@ -3,6 +3,7 @@
 // The forward passes of training.h, and the packing of weights for both directions.
 #pragma once
 
+#include "convolution-inl.h"
 #include "depthwise-inl.h"
 #include "pointwise-inl.h"
 #include "strips-inl.h"
@@ -296,12 +297,12 @@ void depthwise_statistics(const TrainingParams<typename V::T>& p, const Tile& ti
   if (stream) V::fence();
 }
 
+// p of a tile, at `out`: the product of h, which is formed from the depthwise map.
 template <class V, bool kChannelsLast>
-void forward(const TrainingParams<typename V::T>& p, const Tile& tile, typename V::T* scratch, double* sums) {
+void product_of_depthwise(const TrainingParams<typename V::T>& p, const Tile& tile, const typename V::T* weights,
+                          typename V::T* h, typename V::T* out) {
   using T = typename V::T;
-  const ScratchLayout<V> layout(p.conv, tile);
   const int64_t in_channels = p.conv.in_channels, out_channels = p.conv.out_channels, pixels = tile.end - tile.begin;
-  T* h = scratch + layout.h;
   const T* d = p.d == nullptr ? nullptr : tile_of_map<kChannelsLast>(p.d, p.conv, tile, in_channels);
   if (d == nullptr) raw_depthwise<V>(p.conv, tile, h);
   for_each_strip<V, kChannelsLast>(in_channels, pixels, kOperandStrip<V>, [&](const Strip& strip) {
@@ -314,9 +315,6 @@ void forward(const TrainingParams<typename V::T>& p, const Tile& tile, typename 
     }
   });
 
-  T* out = tile_of_map<kChannelsLast>(p.conv.y, p.conv, tile, out_channels);
-  const T* weights = p.conv.packed + TrainingLayout<V>(in_channels, out_channels, kChannelsLast, false).pointwise;
-  const int64_t pitch = map_pitch<kChannelsLast>(p.conv, out_channels);
   Product<T> product{};
   product.rows = kChannelsLast ? h : weights;
   product.columns = kChannelsLast ? weights : h;
@@ -325,9 +323,24 @@ void forward(const TrainingParams<typename V::T>& p, const Tile& tile, typename 
   product.column_end = kChannelsLast ? out_channels : pixels;
   product.depth = in_channels;
   product.c = out;
-  product.c_stride = pitch;
+  product.c_stride = map_pitch<kChannelsLast>(p.conv, out_channels);
   product.ahead[0] = next_tile<kChannelsLast, T>(p.d, p.conv, tile, in_channels);
   multiply<V, !kChannelsLast>(product);
+}
+
+template <class V, bool kChannelsLast>
+void forward(const TrainingParams<typename V::T>& p, const Tile& tile, typename V::T* scratch, double* sums) {
+  using T = typename V::T;
+  const ScratchLayout<V> layout(p.conv, tile);
+  const int64_t in_channels = p.conv.in_channels, out_channels = p.conv.out_channels, pixels = tile.end - tile.begin;
+  T* out = tile_of_map<kChannelsLast>(p.conv.y, p.conv, tile, out_channels);
+  const int64_t pitch = map_pitch<kChannelsLast>(p.conv, out_channels);
+  const T* weights = p.conv.packed + TrainingLayout<V>(in_channels, out_channels, kChannelsLast, false).pointwise;
+  if (p.conv.rows == Rows::kDepthwise) {
+    product_of_depthwise<V, kChannelsLast>(p, tile, weights, scratch + layout.h, out);
+  } else {
+    convolve<V>(p.conv, weights, nullptr, tile, 0, ceil_div(out_channels, Tiling<V>::kTileColumns));
+  }
   if (sums == nullptr) return;
   tile_statistics<V, kChannelsLast>(out_channels, pixels, kStripVectors, round_up(out_channels, 16), sums,
                                     scratch + layout.means,

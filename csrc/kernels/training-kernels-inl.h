@@ -3,6 +3,7 @@
 // The table of training.h over one vector type.
 #pragma once
 
+#include "convolution-backward-inl.h"
 #include "depthwise-backward-inl.h"
 #include "pointwise-backward-inl.h"
 #include "training-inl.h"
@@ -46,6 +47,8 @@ TrainingKernels<typename V::T> training_kernels() {
   kernels.weight_gradient_sizes = weight_gradient_sizes<V>;
   kernels.weight_gradient_blocks = weight_gradient_blocks<V>;
   kernels.weight_gradient = weight_gradient<V>;
+  kernels.convolution_scratch_size = convolution_scratch_size<V>;
+  kernels.convolution_backward = convolution_backward<V>;
   kernels.depthwise_backward_channels = depthwise_backward_channels<V>;
   kernels.depthwise_backward_scratch_size = depthwise_backward_scratch_size<V>;
   kernels.depthwise_backward = depthwise_backward<V>;

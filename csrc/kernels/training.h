@@ -19,6 +19,9 @@
 // A pointwise convolution by itself is the second half: it reads d, which is its input or what that is kept as, from
 // memory, h = act1(u) is the input, and g1 = gh its gradient, without sums.
 //
+// So is a whole 3x3 convolution of few channels, Rows::kPatches of separable.h, in channels_last: h is the patches,
+// which are read where they lie in x, and gW2[o,k] = sum over n of gp[o] * x at tap k. x, an image, has no gradient.
+//
 // With statistics of the batch slope = S2 / (n * (var + eps)) and offset = S1 / n (S. Ioffe, C. Szegedy,
 // "Batch Normalization", 2015, section 3); otherwise both are zero. In the backward only p and g1 are maps in memory: d
 // is computed from x again, which is read anyway, and h, gp and gd are tiles alone.
@@ -135,6 +138,11 @@ struct TrainingKernels {
   int64_t (*weight_gradient_blocks)(int64_t out_channels);
   void (*weight_gradient)(const TrainingParams<T>& params, const WeightGradient<T>& gradient, int64_t begin,
                           int64_t end);
+
+  // The part of a tile in the weight gradient of a convolution whose rows are patches, added to sums[k][o], rows of
+  // padded channels.
+  int64_t (*convolution_scratch_size)(int64_t in_channels, int64_t out_channels, int64_t pixels);
+  void (*convolution_backward)(const TrainingParams<T>& params, const Tile& tile, T* scratch, double* sums);
 
   // Channels of one job of depthwise_backward: a multiple of `lanes` in channels_last, one in NCHW.
   int64_t (*depthwise_backward_channels)(bool channels_last);

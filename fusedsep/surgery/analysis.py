@@ -93,7 +93,8 @@ class Analysis:
     ) -> dict[nn.Module, Program]:
         modules = dict(root.named_modules(remove_duplicate=False))
         chains, reasons = find_chains(graph, modules)
-        if not any(isinstance(chain, Chain) for chain in chains):
+        calls = [modules[node.target] for node in graph.nodes if node.op == "call_module"]
+        if not any(isinstance(chain, Chain) for chain in chains) and not any(map(is_block, calls)):
             chains = []
         inline: dict[nn.Module, set[nn.Module]] = {}
         forms: dict[nn.Module, CallForm] = {}

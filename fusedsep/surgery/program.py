@@ -16,12 +16,12 @@ from torch import fx
 
 from .. import _C
 from .._compat import HOOKS, has_global_hooks, has_hooks, is_plain_convolution
-from .._pointwise import PointwiseConv
+from .._convolution import ConvNormActivation
 from .._separable import SeparableConv
 from .batch_norms import is_plain_batch_norm
 from .dropouts import is_dropout
 from .helpers import Helper
-from .sites import Chain, PointwiseChain, find_chains, input_of
+from .sites import Chain, ConvolutionChain, find_chains, input_of
 from .tracing import CallForm, Tracer, Untraceable, signature_of
 
 
@@ -56,16 +56,16 @@ class FusedCall:
         raise NotImplementedError
 
 
-class FusedPointwise(FusedCall):
-    """One call of :class:`PointwiseConv`."""
+class FusedConvolution(FusedCall):
+    """One call of :class:`ConvNormActivation`."""
 
-    def __init__(self, chain: PointwiseChain, modules: dict[str, nn.Module], name: str) -> None:
+    def __init__(self, chain: ConvolutionChain, modules: dict[str, nn.Module], name: str) -> None:
         super().__init__(chain.nodes, modules, name)
-        self.conv = modules[chain.pw.target]
+        self.conv = modules[chain.conv.target]
         self.bn = modules[chain.bn2.target]
-        self.pointwise = PointwiseConv(chain.pointwise_activation, chain.carried_activations[1])
-        self.pointwise.norm_forwards |= {type(self.bn).forward}
-        self.pointwise.training_norm_forwards = self.pointwise.norm_forwards  # it was read in training mode
+        self.operation = ConvNormActivation(chain.pointwise_activation, chain.carried_activations[1])
+        self.operation.norm_forwards |= {type(self.bn).forward}
+        self.operation.training_norm_forwards = self.operation.norm_forwards  # it was read in training mode
 
     def norms(self) -> list[nn.Module]:
         return [self.bn]
@@ -74,7 +74,7 @@ class FusedPointwise(FusedCall):
         return [self.conv, self.bn]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.pointwise(x, self.conv, self.bn)
+        return self.operation(x, self.conv, self.bn)
 
 
 class FusedSite(FusedCall):
@@ -369,7 +369,7 @@ def replace_sites(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
         if isinstance(chain, Chain):
             site = FusedSite(chain, modules, f"separable_{index}")
         else:
-            site = FusedPointwise(chain, modules, f"pointwise_{index}")
+            site = FusedConvolution(chain, modules, f"convolution_{index}")
         # In the place of the first node: later ones may come after something that changes the input in place.
         with graph.inserting_before(chain.nodes[0]):
             call = graph.call_function(site, (input_of(chain.nodes[0]),))

@@ -22,10 +22,8 @@ from .batch_norms import NotABatchNorm, is_batch_norm, read_batch_norm
 from .dropouts import call_passes_on, passes_on
 from .heads import head_behind, only_reader
 from .program import FusedSite
-from .sites import input_of, is_plain_pointwise, sum_of_pads, zero_pads
+from .sites import input_of, is_first_convolution, is_plain_pointwise, sum_of_pads, zero_pads
 
-#: A convolution of more channels has more patches than output; torch's own is the better one.
-_MOST_CHANNELS = 8
 _ADD = {operator.add, torch.add, "add"}
 _ADD_IN_PLACE = {operator.iadd, "add_"}
 
@@ -219,7 +217,7 @@ class Run:
             if reader is None or not _may_pad(nodes[-1], conv):
                 return False
             nodes.append(reader)
-        if not _is_first_convolution(conv):
+        if not is_first_convolution(conv):
             return False
         pads: Pads | str = NO_PADS
         for node in nodes[:-1]:
@@ -296,15 +294,3 @@ def _may_pad(node: fx.Node, module: nn.Module | None) -> bool:
     if module is not None:
         return type(module).forward is nn.ConstantPad2d.forward
     return node.target in (F.pad, torch.constant_pad_nd, pad_map)
-
-
-def _is_first_convolution(conv: nn.Conv2d) -> bool:
-    return (
-        is_plain_convolution(conv)
-        and tuple(conv.kernel_size) == (3, 3)
-        and conv.groups == 1
-        and conv.in_channels <= _MOST_CHANNELS
-        and conv.stride[0] == conv.stride[1] <= 2
-        and conv.dilation[0] == conv.dilation[1]
-        and conv.padding_mode == "zeros"
-    )

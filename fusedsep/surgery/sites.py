@@ -19,6 +19,9 @@ from .batch_norms import NotABatchNorm, is_batch_norm, read_batch_norm
 from .convolutions import PaddingUnknown, read_padding
 from .dropouts import call_passes_on, passes_on
 
+#: A 3x3 convolution of more channels has more patches than output; torch's own is the better one.
+_MOST_CHANNELS = 8
+
 
 class Chain:
     """One site in a graph: the nodes it covers, and what they compute."""
@@ -49,15 +52,15 @@ class Chain:
         return f"{pad}depthwise{bn1}, {self.activation}, pointwise{bn2}, {self.pointwise_activation}"
 
 
-class PointwiseChain:
-    """A pointwise convolution, a BN and perhaps an activation that belong to no site.
+class ConvolutionChain:
+    """A convolution, a BN and perhaps an activation that belong to no site: a pointwise one, or one of an image.
 
-    The names are those of :class:`Chain`.
+    The other names are those of :class:`Chain`.
     """
 
-    def __init__(self, pointwise: fx.Node) -> None:
-        self.nodes = [pointwise]
-        self.pw = pointwise
+    def __init__(self, conv: fx.Node) -> None:
+        self.nodes = [conv]
+        self.conv = conv
         self.bn2: fx.Node | None = None
         self.pointwise_activation = "none"
         self.carried_activations = (False, False)
@@ -84,12 +87,12 @@ def is_depthwise(module: nn.Module) -> bool:
 
 def find_chains(
     graph: fx.Graph, modules: dict[str, nn.Module]
-) -> tuple[list[Chain | PointwiseChain], dict[nn.Module, str]]:
+) -> tuple[list[Chain | ConvolutionChain], dict[nn.Module, str]]:
     """All sites of ``graph``, and for every other depthwise convolution the reason why it is none.
 
-    Where BNs are in training mode, also the other pointwise convolutions in front of one.
+    Where BNs are in training mode, also the other convolutions in front of one that have an operator.
     """
-    chains: list[Chain | PointwiseChain] = []
+    chains: list[Chain | ConvolutionChain] = []
     reasons: dict[nn.Module, str] = {}
     for node in graph.nodes:
         if node.op != "call_module" or not is_depthwise(modules[node.target]):
@@ -98,7 +101,7 @@ def find_chains(
             chains.append(_chain_from(node, modules))
         except NotASite as reason:
             reasons[modules[node.target]] = str(reason)
-    chains += _pointwise_chains(graph, modules, {node for chain in chains for node in chain.nodes})
+    chains += _convolution_chains(graph, modules, {node for chain in chains for node in chain.nodes})
     while (chain := _overtaking(chains, graph, modules)) is not None:
         chains.remove(chain)
         if isinstance(chain, Chain):
@@ -106,24 +109,26 @@ def find_chains(
     return chains, reasons
 
 
-def _pointwise_chains(
+def _convolution_chains(
     graph: fx.Graph, modules: dict[str, nn.Module], covered: set[fx.Node]
-) -> Iterator[PointwiseChain]:
+) -> Iterator[ConvolutionChain]:
     """Those outside of ``covered`` whose BN takes the statistics of the batch."""
     for node in graph.nodes:
         if node.op != "call_module" or node in covered or input_of(node) is None:
             continue
-        if node.all_input_nodes != [input_of(node)] or not is_plain_pointwise(modules[node.target]):
+        module = modules[node.target]
+        fits = is_plain_pointwise(module) or is_first_convolution(module)
+        if not fits or node.all_input_nodes != [input_of(node)]:
             continue
-        chain = PointwiseChain(node)
-        _follow_after_pointwise(chain, modules)
+        chain = ConvolutionChain(node)
+        _follow_after(node, chain, modules)
         if chain.bn2 is not None and modules[chain.bn2.target].training:
             yield chain
 
 
 def _overtaking(
-    chains: list[Chain | PointwiseChain], graph: fx.Graph, modules: dict[str, nn.Module]
-) -> Chain | PointwiseChain | None:
+    chains: list[Chain | ConvolutionChain], graph: fx.Graph, modules: dict[str, nn.Module]
+) -> Chain | ConvolutionChain | None:
     """A chain that runs a BN in training mode before an earlier call of that BN: running statistics have an order.
 
     A chain runs all its nodes in the place of the first one.
@@ -146,6 +151,20 @@ def _overtaking(
 def is_plain_pointwise(module: nn.Module | None) -> bool:
     """Whether ``module`` is a 1x1 convolution and runs torch's own forward."""
     return module is not None and why_not_pointwise(module) is None and is_plain_convolution(module)
+
+
+def is_first_convolution(conv: nn.Module | None) -> bool:
+    """Whether ``conv`` is a 3x3 convolution of few channels that the kernels run, and runs torch's own forward."""
+    return (
+        isinstance(conv, nn.Conv2d)
+        and is_plain_convolution(conv)
+        and tuple(conv.kernel_size) == (3, 3)
+        and conv.groups == 1
+        and conv.in_channels <= _MOST_CHANNELS
+        and conv.stride[0] == conv.stride[1] <= 2
+        and conv.dilation[0] == conv.dilation[1]
+        and conv.padding_mode == "zeros"
+    )
 
 
 def why_not_fusable(conv: nn.Module) -> str | None:
@@ -174,7 +193,7 @@ def _chain_from(depthwise: fx.Node, modules: dict[str, nn.Module]) -> Chain:
         except PaddingUnknown as unknown:
             raise NotASite(f"{_own_forward(conv)}: {unknown}") from None
     _follow_to_pointwise(chain, conv, modules)
-    _follow_after_pointwise(chain, modules)
+    _follow_after(chain.pw, chain, modules)
     _absorb_padding(chain, conv, modules)
     return chain
 
@@ -217,10 +236,10 @@ def _follow_to_pointwise(chain: Chain, conv: nn.Conv2d, modules: dict[str, nn.Mo
         chain.nodes.append(reader)
 
 
-def _follow_after_pointwise(chain: Chain | PointwiseChain, modules: dict[str, nn.Module]) -> None:
-    """Take in a BN and an activation behind the pointwise convolution; anything else stays where it is."""
+def _follow_after(conv: fx.Node, chain: Chain | ConvolutionChain, modules: dict[str, nn.Module]) -> None:
+    """Take in a BN and an activation behind the last convolution; anything else stays where it is."""
     passed_on: list[fx.Node] = []
-    current = chain.pw
+    current = conv
     activated = False
     while not activated:
         spelled_out = composed_hardswish(current, modules)
@@ -236,7 +255,7 @@ def _follow_after_pointwise(chain: Chain | PointwiseChain, modules: dict[str, nn
         except NotASite:
             return
         if step.kind == "bn" and chain.bn2 is None:
-            if modules[reader.target].num_features != modules[chain.pw.target].out_channels:
+            if modules[reader.target].num_features != modules[conv.target].out_channels:
                 return
             chain.bn2 = reader
             activated = step.activation != "none"
