@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 #: Name -> code in ``csrc/kernels/separable.h`` (``enum class Activation``).
 ACTIVATION_CODES: dict[str, int] = {"none": 0, "relu": 1, "relu6": 2, "hardswish": 3}
+#: The same of what the layers of a chain apply besides (:mod:`fusedsep._chain_elements`).
+LAYER_ACTIVATION_CODES = {**ACTIVATION_CODES, "silu": 4, "sigmoid": 5, "hardsigmoid": 6}
 #: Code -> name.
 ACTIVATION_NAMES = {code: name for name, code in ACTIVATION_CODES.items()}
 
@@ -19,6 +21,9 @@ _FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
     "relu6": F.relu6,
     "hardswish": F.hardswish,
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "hardsigmoid": F.hardsigmoid,
 }
 
 _MODULES: dict[str, type[nn.Module]] = {
@@ -38,7 +43,7 @@ def check_activation(name: object, argument: str = "activation") -> str:
 
 
 def apply_activation(name: str, x: torch.Tensor) -> torch.Tensor:
-    """The ATen equivalent of the epilogue ``name``; never in place."""
+    """The ATen equivalent of the activation ``name``; never in place."""
     return _FUNCTIONS[name](x)
 
 

@@ -10,6 +10,7 @@ import torch.nn as nn
 
 from . import _C, _compat, _kernel_path, _ops
 from ._chain_elements import Classifier, Convolution, Element, FrozenSite, Place, tensors_at
+from ._ops import ChainLayer
 
 
 class LayerChain:
@@ -24,11 +25,14 @@ class LayerChain:
     Whoever calls it has seen to it that the modules, their classes, settings and modes are those that the chain was
     made for. It looks after their numbers itself: those of frozen sites have an identity, and what else a frozen model
     holds counts its changes; of modules that somebody may still train, every byte is looked at.
+
+    Args:
+        frozen: the model is.
     """
 
-    def __init__(self, name: str, elements: list[Element], residuals: list[int]) -> None:
+    def __init__(self, name: str, elements: list[Element], residuals: list[int], frozen: bool) -> None:
         self.__name__ = name
-        self.elements, self.residuals = elements, residuals
+        self.elements, self.residuals, self.frozen = elements, residuals, frozen
         self.modules = [module for element in elements for module in element.modules]
         self._is_map = not isinstance(elements[-1], Classifier)
         self._has_images = isinstance(elements[0], Convolution) and elements[0].reads_images
@@ -92,17 +96,23 @@ class LayerChain:
         key = height, width, nchw
         if key in (known := self._layers):
             return known[key]
-        numbers: list[int] | None = []
+        layers: list[ChainLayer] = []
         shapes = [(self.elements[0].in_channels, height, width)]
+        maps = [0]  # what each element gives, as the operator numbers the maps
+        numbers: list[int] | None = None
         try:
             for element, residual in zip(self.elements, self.residuals, strict=True):
-                layer, height, width = element.layer(height, width, nchw)
-                shapes.append((layer.out_channels, height, width))
-                if residual >= 0 and shapes[residual] != shapes[-1]:
-                    raise ValueError("maps of two shapes are not added in a chain")
-                numbers += layer._replace(residual=residual)
+                own, height, width = element.layers(height, width, nchw)
+                layers += [layer if layer.gated < 0 else layer._replace(gated=layer.gated + maps[-1]) for layer in own]
+                maps.append(len(layers))
+                shapes.append((layers[-1].out_channels, height, width))
+                if residual >= 0:
+                    if shapes[residual] != shapes[-1]:
+                        raise ValueError("maps of two shapes are not added in a chain")
+                    layers[-1] = layers[-1]._replace(residual=maps[residual])
+            numbers = [number for layer in layers for number in layer]
         except ValueError:
-            numbers = None
+            pass
         # A new dictionary in the place of a full one: other threads may be reading it.
         self._layers = {**(known if len(known) < _SIZES_KEPT else {}), key: numbers}
         return numbers
@@ -131,7 +141,7 @@ class LayerChain:
             ends = [element for element in self.elements if not isinstance(element, FrozenSite)]
             self._places = [place for end in ends for place in end.places()]
             self._flat_places = tuple(part for place in self._places for part in place)
-        if not self._sites:
+        if not self.frozen:
             return _C.fingerprint_of(self._flat_places, torch.Tensor, nn.Parameter), None
         tensors = tensors_at(self._places)
         state = [site.constants for site in self._sites]
@@ -141,10 +151,11 @@ class LayerChain:
         return state, [None if tensor is None else tensor.detach() for tensor in tensors]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"__name__": self.__name__, "elements": self.elements, "residuals": self.residuals}
+        names = ("__name__", "elements", "residuals", "frozen")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["__name__"], state["elements"], state["residuals"])
+        self.__init__(*state.values())
 
 
 #: Sizes of images whose layers are remembered.

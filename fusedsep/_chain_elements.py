@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a chain consists of: each element is one layer of the operator, and can run by itself."""
+"""What a chain consists of: each element is one or more layers of the operator, and can run by itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from . import _kernel_path, _ops
-from ._activations import ACTIVATION_CODES, apply_activation
+from ._activations import ACTIVATION_CODES, LAYER_ACTIVATION_CODES, apply_activation
 from ._checks import checked_pads
 from ._fold import scale_and_shift
 from ._ops import ChainLayer
@@ -80,12 +80,12 @@ class Convolution:
             weight = weight.permute(0, 2, 3, 1)
         return _pack_product(weight.reshape(len(weight), -1), scale, shift)  # in the order of csrc/kernels/separable.h
 
-    def layer(self, height: int, width: int, nchw: bool) -> tuple[ChainLayer, int, int]:
-        activation = ACTIVATION_CODES[self.activation]
+    def layers(self, height: int, width: int, nchw: bool) -> tuple[list[ChainLayer], int, int]:
+        activation = LAYER_ACTIVATION_CODES[self.activation]
         if self.is_pointwise:
             if min(height, width) < 1:
                 raise ValueError("x must have a pixel")
-            return ChainLayer(_ops.PIXELS, self.out_channels, 1, 1, *NO_PADS, 0, activation), height, width
+            return [_pixels(self.out_channels, activation)], height, width
         stride, dilation = self.conv.stride[0], self.conv.dilation[0]
         if self.is_depthwise:
             pads, kernel = convolution_pads(self.conv), self.conv.kernel_size[0]
@@ -95,11 +95,11 @@ class Convolution:
             sizes = _sizes(layer, height, width)
             if min(height, width, *sizes) < 1:
                 raise ValueError(f"x must hold a {kernel}x{kernel} kernel")
-            return layer, *sizes
+            return [layer], *sizes
         pads = checked_pads(self.pads, convolution_pads(self.conv), stride, dilation, height, width)
         rows = _ops.PATCHES_OF_NCHW if nchw else _ops.PATCHES
         layer = ChainLayer(rows, self.out_channels, stride, dilation, *pads, 0, activation)
-        return layer, *_sizes(layer, height, width)
+        return [layer], *_sizes(layer, height, width)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv(pad_map(x, self.pads, self.conv.stride[0], self.conv.dilation[0]))
@@ -150,13 +150,13 @@ class Site:
         dw_weight, pw_weight = self.dw.weight.contiguous(), self.pw.weight.contiguous()
         return _ops.pack(dw_weight, dw_scale, dw_shift, pw_weight, pw_scale, pw_shift, True)
 
-    def layer(self, height: int, width: int, nchw: bool) -> tuple[ChainLayer, int, int]:
+    def layers(self, height: int, width: int, nchw: bool) -> tuple[list[ChainLayer], int, int]:
         separable, stride, dilation = self.separable, self.dw.stride[0], self.dw.dilation[0]
         own = _kernel_path.own_pads(separable, self.dw)
         pads = checked_pads(separable.pre_pad, own, stride, dilation, height, width)
         activations = separable.activation_code, separable.pointwise_activation_code
         layer = ChainLayer(_ops.DEPTHWISE, self.out_channels, stride, dilation, *pads, *activations)
-        return layer, *_sizes(layer, height, width)
+        return [layer], *_sizes(layer, height, width)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.run(x)
@@ -182,15 +182,73 @@ class FrozenSite:
     def pack(self, nchw: bool) -> torch.Tensor:
         return _kernel_path.pack_folded(*self.frozen._buffers.values(), channels_last=True)
 
-    def layer(self, height: int, width: int, nchw: bool) -> tuple[ChainLayer, int, int]:
+    def layers(self, height: int, width: int, nchw: bool) -> tuple[list[ChainLayer], int, int]:
         frozen = self.frozen
         pads = checked_pads(frozen.pre_pad, frozen.padding, frozen.stride, frozen.dilation, height, width)
         activations = ACTIVATION_CODES[frozen.activation], ACTIVATION_CODES[frozen.pointwise_activation]
         layer = ChainLayer(_ops.DEPTHWISE, self.out_channels, frozen.stride, frozen.dilation, *pads, *activations)
-        return layer, *_sizes(layer, height, width)
+        return [layer], *_sizes(layer, height, width)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.frozen(x)
+
+
+class GatedConvolution:
+    """Squeeze-and-excitation and the 1x1 convolution behind it, with its BN and its activation.
+
+    Equivalent to::
+
+        gate = gate_activation(expand(activation(reduce(x.mean((2, 3), keepdim=True)))))
+        y = project(x * gate)
+
+    Args:
+        reduce, expand: 1x1 convolutions.
+        activation, gate_activation: their names.
+        project: a pointwise one.
+        modules: those of the first line.
+
+    Source: J. Hu et al., "Squeeze-and-Excitation Networks", 2018, section 3.
+    """
+
+    def __init__(
+        self,
+        reduce: nn.Conv2d,
+        activation: str,
+        expand: nn.Conv2d,
+        gate_activation: str,
+        project: Convolution,
+        modules: list[nn.Module],
+    ) -> None:
+        self.reduce, self.activation, self.expand, self.gate_activation = reduce, activation, expand, gate_activation
+        self.project, self.modules = project, [*modules, *project.modules]
+
+    @property
+    def in_channels(self) -> int:
+        return self.project.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        return self.project.out_channels
+
+    def places(self) -> list[Place]:
+        return [*_places_of(self.reduce), *_places_of(self.expand), *self.project.places()]
+
+    def pack(self, nchw: bool) -> torch.Tensor:
+        return torch.cat([_pack_linear(self.reduce), _pack_linear(self.expand), self.project.pack(nchw)])
+
+    def layers(self, height: int, width: int, nchw: bool) -> tuple[list[ChainLayer], int, int]:
+        codes = LAYER_ACTIVATION_CODES[self.activation], LAYER_ACTIVATION_CODES[self.gate_activation]
+        project, height, width = self.project.layers(height, width, nchw)
+        layers = [
+            _means(self.reduce.out_channels, codes[0]),
+            _pixels(self.expand.out_channels, codes[1]),
+            project[0]._replace(gated=0),
+        ]
+        return layers, height, width
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        gate = apply_activation(self.activation, self.reduce(x.mean((-2, -1), keepdim=True)))
+        return self.project(x * apply_activation(self.gate_activation, self.expand(gate)))
 
 
 class Classifier:
@@ -209,11 +267,10 @@ class Classifier:
         return _places_of(self.linear)
 
     def pack(self, nchw: bool) -> torch.Tensor:
-        bias = None if self.linear.bias is None else self.linear.bias.double()
-        return _pack_product(self.linear.weight.flatten(1), None, bias)
+        return _pack_linear(self.linear)
 
-    def layer(self, height: int, width: int, nchw: bool) -> tuple[ChainLayer, int, int]:
-        return ChainLayer(_ops.MEANS, self.linear.weight.shape[0], 1, 1, *NO_PADS, 0, 0), 1, 1
+    def layers(self, height: int, width: int, nchw: bool) -> tuple[list[ChainLayer], int, int]:
+        return [_means(self.linear.weight.shape[0], 0)], 1, 1
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         # Without a batch dimension a 1x1 convolution works, and a linear layer behind a pool or a mean does not.
@@ -221,7 +278,9 @@ class Classifier:
         return y[..., None, None] if self.as_map else y
 
 
-Element = Convolution | Site | FrozenSite | Classifier
+#: ``layers`` gives those of the operator and the size of the map behind them. A layer that has a ``gated`` map has the
+#: number that it would have if the element began the chain.
+Element = Convolution | Site | FrozenSite | GatedConvolution | Classifier
 
 
 def tensors_at(places: list[Place]) -> list[torch.Tensor | None]:
@@ -243,6 +302,19 @@ def _pack_product(weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.
     """A product alone: ``weight`` is ``[N, C]``."""
     no_depthwise = weight.new_zeros(weight.shape[1], 1, 3, 3)
     return _ops.pack(no_depthwise, None, None, weight.contiguous()[:, :, None, None], scale, bias, True)
+
+
+def _pack_linear(linear: nn.Linear | nn.Conv2d) -> torch.Tensor:
+    bias = None if linear.bias is None else linear.bias.double()
+    return _pack_product(linear.weight.flatten(1), None, bias)
+
+
+def _pixels(out_channels: int, activation: int) -> ChainLayer:
+    return ChainLayer(_ops.PIXELS, out_channels, 1, 1, *NO_PADS, 0, activation)
+
+
+def _means(out_channels: int, activation: int) -> ChainLayer:
+    return ChainLayer(_ops.MEANS, out_channels, 1, 1, *NO_PADS, 0, activation)
 
 
 def _sizes(layer: ChainLayer, height: int, width: int) -> tuple[int, int]:

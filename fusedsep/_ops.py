@@ -51,6 +51,7 @@ class ChainLayer(NamedTuple):
     pointwise_activation: int
     residual: int = -1
     kernel: int = 3
+    gated: int = -1
 
 
 class ConvolutionOperands(NamedTuple):
@@ -171,16 +172,18 @@ def _(x, packed, out_channels, *others):  # type: ignore[no-untyped-def]
 @torch.library.register_fake("fusedsep::chain")
 def _(x, packed, layers):  # type: ignore[no-untyped-def]
     numbers = len(ChainLayer._fields)
+    maps = [x]
     for i in range(0, len(layers), numbers):
-        rows, out_channels, *geometry, _, _, _, kernel = layers[i : i + numbers]
-        if rows == MEANS:
-            return x.new_empty((x.shape[0], out_channels))
-        x = (
-            _dense(x, x.shape[0], out_channels, *x.shape[2:], True)
-            if rows == PIXELS
-            else _map(x, out_channels, *geometry, True, kernel)
-        )
-    return x
+        layer = ChainLayer(*layers[i : i + numbers])
+        x = maps[layer.gated]
+        if layer.rows == MEANS:
+            x = _dense(x, x.shape[0], layer.out_channels, 1, 1, True)
+        elif layer.rows == PIXELS:
+            x = _dense(x, x.shape[0], layer.out_channels, *x.shape[2:], True)
+        else:
+            x = _map(x, layer.out_channels, *layer[2:8], True, layer.kernel)
+        maps.append(x)
+    return x.new_empty(x.shape[:2]) if layer.rows == MEANS else x
 
 
 @torch.library.register_fake("fusedsep::separable_conv2d_training")

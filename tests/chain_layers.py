@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fusedsep import _ops
 from fusedsep._ops import DEPTHWISE, DEPTHWISE_MAP, MEANS, PATCHES, PATCHES_OF_NCHW, PIXELS, ChainLayer
 
-ACTIVATIONS = (lambda x: x, torch.relu, F.relu6, F.hardswish)
+ACTIVATIONS = (lambda x: x, torch.relu, F.relu6, F.hardswish, F.silu, torch.sigmoid, F.hardsigmoid)
 
 
 class Layer:
@@ -26,9 +26,10 @@ class Layer:
         activations=(1, 1),
         residual=-1,
         kernel=3,
+        gated=-1,
     ):
         self.channels = channels
-        self.numbers = ChainLayer(rows, out_channels, stride, dilation, *pads, *activations, residual, kernel)
+        self.numbers = ChainLayer(rows, out_channels, stride, dilation, *pads, *activations, residual, kernel, gated)
         depth = 9 * channels if rows in (PATCHES, PATCHES_OF_NCHW) else channels
         self.first = torch.randn(channels, 1, kernel, kernel, dtype=torch.double)
         self.first_bias = torch.randn(channels, dtype=torch.double)
@@ -56,7 +57,7 @@ class Layer:
         pads = n.pad_left, n.pad_right, n.pad_top, n.pad_bottom
         act, pointwise_act = ACTIVATIONS[n.activation], ACTIVATIONS[n.pointwise_activation]
         if n.rows == MEANS:
-            return pointwise_act(F.linear(x.mean((2, 3)), self.weight, self.bias))
+            return pointwise_act(F.linear(x.mean((2, 3)), self.weight, self.bias))[:, :, None, None]
         if n.rows == PIXELS:
             return pointwise_act(F.conv2d(x, self.weight[:, :, None, None], self.bias))
         if n.rows in (DEPTHWISE, DEPTHWISE_MAP):
@@ -86,9 +87,10 @@ def run(layers, x):
 def exact(layers, x):
     maps = [x.double()]
     for layer in layers:
-        y = layer(maps[-1])
-        maps.append(y + maps[layer.numbers.residual] if layer.numbers.residual >= 0 else y)
-    return maps[-1]
+        n = layer.numbers
+        y = layer(maps[-1] if n.gated < 0 else maps[n.gated] * maps[-1])
+        maps.append(y + maps[n.residual] if n.residual >= 0 else y)
+    return maps[-1].flatten(1) if layers[-1].numbers.rows == MEANS else maps[-1]
 
 
 def network(first, channels=3, width=8):
@@ -101,8 +103,17 @@ def network(first, channels=3, width=8):
     ]
 
 
-def expand(channels, out_channels):
-    return Layer(PIXELS, channels, out_channels, pads=(0, 0, 0, 0), activations=(0, 2))
+def expand(channels, out_channels, activation=2):
+    return Layer(PIXELS, channels, out_channels, pads=(0, 0, 0, 0), activations=(0, activation))
+
+
+def gate(channels, squeezed, activations, number, out_channels, activation=0, residual=-1):
+    """Squeeze-and-excitation of map ``number``, which has ``channels``, and the 1x1 convolution behind it."""
+    return [
+        Layer(MEANS, channels, squeezed, pads=(0, 0, 0, 0), activations=(0, activations[0])),
+        expand(squeezed, channels, activations[1]),
+        Layer(PIXELS, channels, out_channels, 1, 1, (0, 0, 0, 0), (0, activation), residual, gated=number),
+    ]
 
 
 def depthwise_map(channels, kernel, stride=1, pads=None, activation=1, residual=-1):
@@ -125,5 +136,19 @@ def residual_network(width=8):
         expand(33, 21),
         depthwise_map(21, 3, activation=0, residual=5),
         expand(21, 40),
+        Layer(MEANS, 40, 13, pads=(0, 0, 0, 0), activations=(0, 0)),
+    ]
+
+
+def excited_network(width=8):
+    """Blocks of EfficientNet and of MobileNetV3: a gate, and a gate in a residual block."""
+    return [
+        Layer(PATCHES, 3, width, 2, activations=(0, 4)),
+        depthwise_map(width, 3, activation=4),
+        *gate(width, 5, (4, 5), 2, 17),
+        expand(17, 37, 4),
+        depthwise_map(37, 5, activation=4),
+        *gate(37, 3, (1, 6), 7, 17, residual=5),
+        expand(17, 40, 3),
         Layer(MEANS, 40, 13, pads=(0, 0, 0, 0), activations=(0, 0)),
     ]

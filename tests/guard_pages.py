@@ -15,7 +15,17 @@ import numpy as np
 import torch
 import training_reference
 from cases import ACTIVATION_CODES, Case, operands
-from chain_layers import DEPTHWISE, PATCHES, PATCHES_OF_NCHW, Layer, arguments, depthwise_map, expand, network
+from chain_layers import (
+    DEPTHWISE,
+    PATCHES,
+    PATCHES_OF_NCHW,
+    Layer,
+    arguments,
+    depthwise_map,
+    excited_network,
+    expand,
+    network,
+)
 from training_pairs import in_format
 
 import fusedsep
@@ -143,7 +153,7 @@ def check_chain(channels: int, size: int, dtype: torch.dtype) -> None:
         for kernel in (3, 5, 7)
         for stride in (1, 2)
     ]
-    for part in (*parts, pair[:1], pair, *alone):
+    for part in (*parts, pair[:1], pair, *alone, excited_network(5)):
         x, packed, numbers = arguments(part, torch.randn(2, part[0].channels, size, size + 1).to(dtype))
         expected = _ops.chain(x, packed, numbers)
         for at_end in (True, False):

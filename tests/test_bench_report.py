@@ -12,6 +12,8 @@ import sys
 import pytest
 import torch
 import torch.nn as nn
+from randomize import randomized
+from test_gated_chains import EfficientNet
 
 import fusedsep
 from fusedsep import reference
@@ -93,6 +95,19 @@ def test_the_parts_of_mobilenet_are_all_of_it():
     assert site.scratch_bytes == 4 * 2 * 16 * 16 * 16
     with torch.inference_mode():
         torch.testing.assert_close(parts[-1].call(), network(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_parts_of_an_excited_network(chain_calls):
+    network = randomized(EfficientNet()).eval()
+    x = torch.randn(2, 3, 64, 64)
+    parts = _parts.parts_of(fusedsep.freeze(network), x)
+    block = [_parts.POINTWISE, _parts.DEPTHWISE, _parts.GATED]
+    assert [part.kind for part in parts] == [_parts.FIRST, *3 * block, _parts.POINTWISE, _parts.CLASSIFIER]
+    assert sum(part.mult_adds for part in parts) == fusedsep.complexity(network, (2, 3, 64, 64)).mult_adds
+    with torch.inference_mode():
+        torch.testing.assert_close(parts[-1].call(), network(x), rtol=1e-4, atol=1e-4)
+    assert len(chain_calls) == 1
+    assert not {part.kind for part in parts} - _inference_page._KINDS.keys()
 
 
 def test_ends_run_in_our_kernels(chain_calls):

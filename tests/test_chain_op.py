@@ -5,12 +5,24 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
-from chain_layers import Layer, arguments, depthwise_map, exact, expand, network, residual_network, run
+from chain_layers import (
+    Layer,
+    arguments,
+    depthwise_map,
+    exact,
+    excited_network,
+    expand,
+    gate,
+    network,
+    residual_network,
+    run,
+)
 
 from fusedsep import _ops
-from fusedsep._ops import DEPTHWISE, MEANS, PATCHES, PATCHES_OF_NCHW, ChainLayer
+from fusedsep._ops import DEPTHWISE, MEANS, PATCHES, PATCHES_OF_NCHW, PIXELS, ChainLayer
 
 
 def assert_close(ours, exact):
@@ -88,14 +100,75 @@ def test_map_wider_than_a_chain_of_sums():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_residual_networks(isa, dtype):
+@pytest.mark.parametrize("make", [residual_network, excited_network])
+def test_networks(isa, make, dtype):
     torch.manual_seed(5)
-    layers = residual_network()
+    layers = make()
     for threads, batch in itertools.product((1, 2), (1, 2, 5)):
         torch.set_num_threads(threads)
         x = torch.randn(batch, 3, 21, 26, dtype=dtype)
         for length in range(2, len(layers) + 1):
             assert_close(run(layers[:length], x), exact(layers[:length], x))
+
+
+def test_the_input_of_a_chain_is_gated(isa):
+    torch.manual_seed(6)
+    for channels, size in itertools.product((1, 8, 17, 40), (1, 5, 14)):
+        layers = [*gate(channels, 6, (4, 6), 0, 19, activation=4), expand(19, 3)]
+        x = torch.randn(3, channels, size, size + 1)
+        for length in (3, 4):
+            assert_close(run(layers[:length], x), exact(layers[:length], x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("activation", [4, 5, 6])
+def test_activations_of_what_was_stored(isa, dtype, activation):
+    """Behind every kind of layer, in whole vectors and not."""
+    torch.manual_seed(7)
+    for channels in (1, 7, 16, 33):
+        for layer in (
+            expand(channels, 19, activation),
+            Layer(PATCHES, channels, 19, 2, activations=(0, activation)),
+            Layer(PATCHES_OF_NCHW, channels, 19, 2, activations=(0, activation)),
+            Layer(DEPTHWISE, channels, 19, activations=(1, activation)),
+            Layer(DEPTHWISE, channels, channels, activations=(1, activation), residual=0),
+            depthwise_map(channels, 5, activation=activation),
+            depthwise_map(channels, 3, activation=activation, residual=0),
+            Layer(MEANS, channels, 19, pads=(0, 0, 0, 0), activations=(0, activation)),
+        ):
+            x = torch.randn(2, channels, 9, 11, dtype=dtype)
+            assert_close(run([layer], x), exact([layer], x))
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 1e-36), (torch.float64, 1e-300)])
+@pytest.mark.parametrize("activation", [4, 5])
+def test_exp_is_exact_to_the_last_places(isa, dtype, least, activation):
+    x = torch.cat([torch.linspace(-110, 110, 20_001), torch.linspace(-1, 1, 20_001), torch.linspace(-750, 750, 999)])
+    x = x.to(dtype)
+    layer = expand(1, 1, activation)
+    layer.weight.fill_(1), layer.bias.zero_()
+    ours = run([layer], x.view(1, 1, 1, -1)).flatten().numpy().astype(np.longdouble)
+    values = x.numpy().astype(np.longdouble)
+    exact = (values if activation == 4 else 1) / (1 + np.exp(-values))
+    large = np.abs(exact) >= least
+    assert large.mean() > 0.8
+    assert (np.abs(ours - exact)[large] <= 2 * torch.finfo(dtype).eps * np.abs(exact)[large]).all()
+    assert (np.abs(ours)[~large] <= 2 * least).all()
+
+
+def test_activations_of_what_is_not_finite(isa):
+    nan, inf = float("nan"), float("inf")
+    x = torch.tensor([nan, inf, -inf, 3e38, -3e38, -0.0, *4 * [nan]]).view(1, 1, 2, 5)
+    for activation, expected in {
+        4: [nan, inf, nan, 3e38, 0, 0],
+        5: [nan, 1, 0, 1, 0, 0.5],
+        6: [nan, 1, 0, 1, 0, 0.5],
+    }.items():
+        layer = expand(1, 1, activation)
+        layer.weight.fill_(1), layer.bias.zero_()
+        y = run([layer], x).flatten()
+        torch.testing.assert_close(y[:6], torch.tensor(expected, dtype=torch.float32), equal_nan=True)
+        assert y[6:].isnan().all()
 
 
 def test_the_input_of_a_chain_is_added(isa):
@@ -139,6 +212,7 @@ def test_no_map_lies_on_another_one():
     [
         (lambda: network(PATCHES, 3, 32), 3),
         (lambda: residual_network(24), 3),
+        (lambda: excited_network(24), 3),
         (lambda: [depthwise_map(24, 5, 2), depthwise_map(24, 7, activation=3)], 24),
     ],
 )
@@ -171,6 +245,8 @@ def test_shapes_while_tracing():
     for layers in (
         *(network(PATCHES)[:length] for length in range(1, 6)),
         residual_network(),
+        excited_network(),
+        *(excited_network()[:length] for length in (3, 4, 5)),
         [depthwise_map(3, 7, 2)],
     ):
         inputs = arguments(layers, torch.randn(2, 3, 16, 18))
@@ -185,26 +261,57 @@ def test_refuses_what_it_cannot_run():
     x, packed, numbers = arguments(layers, torch.randn(1, 3, 16, 16))
     width = len(ChainLayer._fields)
     for message, wrong in {
-        "multiple of 12 numbers, got 9": (x, packed, numbers[:9]),
-        "multiple of 12 numbers, got 0": (x, packed, []),
+        "multiple of 13 numbers, got 9": (x, packed, numbers[:9]),
+        "multiple of 13 numbers, got 0": (x, packed, []),
         "packed must hold the weights of layer 4": (x, packed[:-1], numbers),
         "and nothing else": (x, packed, numbers[:-width]),
         "of the dtype of x": (x.double(), packed, numbers),
         "contiguous in channels_last": (x.contiguous(), packed, numbers),
         "must be the first layer": (x, packed, numbers + numbers[:width]),
-        "nothing may follow": (x, packed, numbers + numbers[-width:]),
         "rows must be from 0 to 5, got 6": (x, packed, [6, *numbers[1:]]),
         "stride must be from 1 to 2, got 3": (x, packed, [*numbers[:2], 3, *numbers[3:]]),
         "residual must be from -1 to 0, got 1": (x, packed, [*numbers[:10], 1, *numbers[11:]]),
         "cannot have a residual": (x, packed, [*numbers[:10], 0, *numbers[11:]]),
-        "a map of the same shape": (x, packed, [*numbers[:22], 1, *numbers[23:]]),
+        "a map of the same shape": (x, packed, [*numbers[:23], 1, *numbers[24:]]),
         "kernel must be from 3 to 3, got 5": (x, packed, [*numbers[:11], 5, *numbers[12:]]),
+        "gated must be from -1 to 0, got 1": (x, packed, [*numbers[:25], 1, *numbers[26:]]),
+        "with a gated map must be a 1x1 convolution": (x, packed, [*numbers[:25], 0, *numbers[26:]]),
+        "activation must be from 0 to 6, got 7": (x, packed, [*numbers[:9], 7, *numbers[10:]]),
+        "separable convolution in a chain, activation must be from 0 to 3": (
+            *(x, packed),
+            [*numbers[:21], 4, *numbers[22:]],
+        ),
         "neither stride nor padding": (x, packed, [4, *numbers[1:]]),
         "x is too small": (x[:, :, :1, :1].contiguous(memory_format=torch.channels_last), packed, numbers),
         "x must be a CPU tensor of shape": (x[0], packed, numbers),
     }.items():
         with pytest.raises((RuntimeError, ValueError), match=message):
             _ops.chain(*wrong)
+
+
+def test_gates_refuse_what_they_cannot_run():
+    x, packed, numbers = arguments(gate(8, 5, (1, 5), 0, 3), torch.randn(1, 8, 6, 6))
+    width = len(ChainLayer._fields)
+
+    def changed(layer, **fields):
+        layers = [ChainLayer(*numbers[i : i + width]) for i in range(0, len(numbers), width)]
+        layers[layer] = layers[layer]._replace(**fields)
+        return [number for layer in layers for number in layer]
+
+    for message, wrong in {
+        "must give a factor for each of its channels": (x, packed, changed(2, gated=1)),
+        "gated must be from -1 to 1, got 2": (x, packed, changed(2, gated=2)),
+        "must be a 1x1 convolution": (x, packed, changed(2, gated=0, rows=DEPTHWISE)),
+        "a map of the same shape": (x, packed, changed(2, residual=0)),
+    }.items():
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            _ops.chain(*wrong)
+    large = [expand(8, 8), Layer(PIXELS, 8, 3, 1, 1, (0, 0, 0, 0), gated=0)]
+    with pytest.raises(RuntimeError, match="must give a factor for each"):
+        run(large, torch.randn(1, 8, 6, 6))
+    first = [Layer(PATCHES_OF_NCHW, 3, 3, 2), *gate(3, 2, (1, 5), 0, 3)]
+    with pytest.raises(RuntimeError, match="an input in NCHW cannot be gated"):
+        run(first, torch.randn(1, 3, 6, 6))
 
 
 def test_depthwise_alone_refuses_what_it_cannot_run():

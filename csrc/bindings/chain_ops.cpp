@@ -13,21 +13,24 @@ namespace fusedsep {
 namespace {
 
 // One layer among the numbers that describe a chain, in their order.
-constexpr size_t kNumbersPerLayer = 12;
+constexpr size_t kNumbersPerLayer = 13;
 struct Layer {
   Rows rows;
   int64_t out_channels;
   Geometry geometry;
-  int64_t residual;
+  int64_t residual, gated;
 
   explicit Layer(const int64_t* n)
       : rows(Rows(n[0])),
         out_channels(n[1]),
         geometry{n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[11]},
-        residual(n[10]) {
+        residual(n[10]),
+        gated(n[12]) {
     check_range("a layer's rows", n[0], 0, 5);
     check_range("a layer's out_channels", out_channels, 1, int64_t(1) << 40);
-    check_geometry(geometry);
+    check_geometry(geometry, int64_t(Activation::kHardsigmoid));
+    STD_TORCH_CHECK(rows == Rows::kDepthwiseMap || geometry.activation <= kLastActivation,
+                    "of a separable convolution in a chain, activation must be from 0 to ", kLastActivation);
     const bool is_map = rows == Rows::kDepthwiseMap;
     check_range("a layer's kernel", geometry.kernel, 3, is_map ? 7 : 3);
     STD_TORCH_CHECK(geometry.kernel % 2 == 1, "a layer's kernel must be odd");
@@ -46,7 +49,7 @@ Tensor chain_as(const Tensor& x, const Tensor& packed, const std::vector<int64_t
   int64_t channels = x.size(1), height = x.size(2), width = x.size(3), offset = 0;
 
   std::vector<SeparableParams<T>> layers;
-  std::vector<int64_t> residuals;
+  std::vector<int64_t> residuals, gated;
   // Channels, height and width of the maps: first x, then what the layers give.
   std::vector<std::array<int64_t, 3>> maps{{channels, height, width}};
   for (size_t i = 0; i < numbers.size(); i += kNumbersPerLayer) {
@@ -54,7 +57,17 @@ Tensor chain_as(const Tensor& x, const Tensor& packed, const std::vector<int64_t
     const Geometry& g = layer.geometry;
     const bool patches = layer.rows == Rows::kPatches || layer.rows == Rows::kPatchesOfNchw;
     STD_TORCH_CHECK(!patches || i == 0, "a whole convolution must be the first layer of a chain");
-    STD_TORCH_CHECK(layers.empty() || layers.back().rows != Rows::kMeans, "nothing may follow the means of a chain");
+    check_range("a layer's gated", layer.gated, -1, int64_t(i / kNumbersPerLayer) - 1);
+    if (layer.gated >= 0) {
+      STD_TORCH_CHECK(layer.rows == Rows::kPixels, "a layer with a gated map must be a 1x1 convolution");
+      STD_TORCH_CHECK(height == 1 && width == 1 && maps[size_t(layer.gated)][0] == channels,
+                      "what stands in front of a layer with a gated map must give a factor for each of its channels");
+      STD_TORCH_CHECK(layer.gated != 0 || numbers[0] != int64_t(Rows::kPatchesOfNchw),
+                      "an input in NCHW cannot be gated");
+      height = maps[size_t(layer.gated)][1];
+      width = maps[size_t(layer.gated)][2];
+    }
+    gated.push_back(layer.gated - 1);
     SeparableParams<T> params{};
     params.rows = layer.rows;
     params.in_channels = patches ? 9 * channels : channels;
@@ -119,7 +132,7 @@ Tensor chain_as(const Tensor& x, const Tensor& packed, const std::vector<int64_t
   Tensor y = is_map ? empty_strided<4>(sizes, dense_strides(sizes, true), x.scalar_type())
                     : empty_strided<2>({batch, channels}, {channels, 1}, x.scalar_type());
   const int64_t threads = torch::stable::get_num_threads();
-  ChainRunner<T>(kernels, std::move(layers), std::move(residuals))
+  ChainRunner<T>(kernels, std::move(layers), std::move(residuals), std::move(gated))
       .run(x.const_data_ptr<T>(), y.mutable_data_ptr<T>(), batch, threads, TorchParallelFor());
   return y;
 }
@@ -143,10 +156,12 @@ Tensor chain(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& 
 }  // namespace
 }  // namespace fusedsep
 
-// `layers` has 12 numbers for each: rows (csrc/kernels/separable.h), out_channels, stride, dilation, pad_left,
-// pad_right, pad_top, pad_bottom, activation, pointwise_activation, residual, kernel. `residual` is the number of the
-// map that is added to what the layer gives: 0 for x, i for that of layer i - 1, and -1 for none. `packed` is what
-// `pack`, or `pack_depthwise`, returned for each, in channels_last, one after the other.
+// `layers` has 13 numbers for each: rows (csrc/kernels/separable.h), out_channels, stride, dilation, pad_left,
+// pad_right, pad_top, pad_bottom, activation, pointwise_activation, residual, kernel, gated. `residual` is the number
+// of the map that is added to what the layer gives: 0 for x, i for that of layer i - 1, and -1 for none. `gated` is
+// that of the map that a 1x1 convolution reads, times what the layer in front of it gives for each channel; -1 for a
+// layer that reads what the layer in front of it gives. `packed` is what `pack`, or `pack_depthwise`, returned for
+// each, in channels_last, one after the other.
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedsep, m) { m.def("chain(Tensor x, Tensor packed, int[] layers) -> Tensor"); }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedsep, CPU, m) { m.impl("chain", TORCH_BOX(&fusedsep::chain)); }

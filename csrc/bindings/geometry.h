@@ -21,7 +21,9 @@ inline void check_range(const char* name, int64_t value, int64_t least, int64_t 
   }
 }
 
-inline void check_geometry(const Geometry& g) {
+constexpr int64_t kLastActivation = 3;  // but of layers of a chain
+
+inline void check_geometry(const Geometry& g, int64_t last_activation = kLastActivation) {
   constexpr int64_t kMost = 1 << 30;  // sums of a few of them stay far from overflow
   check_range("stride", g.stride, 1, 2);
   check_range("dilation", g.dilation, 1, kMost);
@@ -29,8 +31,8 @@ inline void check_geometry(const Geometry& g) {
   check_range("pad_right", g.pad_right, 0, kMost);
   check_range("pad_top", g.pad_top, 0, kMost);
   check_range("pad_bottom", g.pad_bottom, 0, kMost);
-  check_range("activation", g.activation, 0, 3);
-  check_range("pointwise_activation", g.pointwise_activation, 0, 3);
+  check_range("activation", g.activation, 0, last_activation);
+  check_range("pointwise_activation", g.pointwise_activation, 0, last_activation);
 }
 
 // Rows or columns of the output. Throws std::invalid_argument where the kernel does not fit.

@@ -33,14 +33,17 @@ int64_t out_size(const SeparableParams<T>& layer) {
 // that is free for as long as it is needed.
 class MapPlan {
  public:
-  // `sizes[i]` is that of the map that layer i writes; `residuals[i]` the layer whose map layer i adds, or -1 or less.
-  // The last map is the output, which lies elsewhere.
-  MapPlan(const std::vector<int64_t>& sizes, const std::vector<int64_t>& residuals) {
+  // `sizes[i]` is that of the map that layer i writes; `residuals[i]` the layer whose map layer i adds, `gated[i]` that
+  // whose map it reads times a factor, or -1 or less. The last map is the output, which lies elsewhere.
+  MapPlan(const std::vector<int64_t>& sizes, const std::vector<int64_t>& residuals, const std::vector<int64_t>& gated) {
     const int64_t count = std::max(int64_t(0), int64_t(sizes.size()) - 1);
     std::vector<int64_t> last_use(size_t(count), 0);
     for (int64_t i = 0; i < count; ++i) last_use[size_t(i)] = i + 1;
-    for (int64_t i = 0; i < int64_t(residuals.size()); ++i) {
-      if (residuals[size_t(i)] >= 0) last_use[size_t(residuals[size_t(i)])] = std::max(i, residuals[size_t(i)] + 1);
+    for (const auto* reads : {&residuals, &gated}) {
+      for (int64_t i = 0; i < int64_t(reads->size()); ++i) {
+        const int64_t map = (*reads)[size_t(i)];
+        if (map >= 0) last_use[size_t(map)] = std::max(last_use[size_t(map)], i);
+      }
     }
     const auto is_held = [&](int64_t i) { return last_use[size_t(i)] > i + 1; };
     const auto size = [&](int64_t i) { return (sizes[size_t(i)] + 15) / 16 * 16; };
@@ -82,13 +85,15 @@ template <typename T>
 class ChainRunner {
  public:
   // Layers have all but their maps and batch filled in; each takes what the one before it gives, and adds the map of
-  // layer `residuals[i]`: -1 is the input of the chain, anything less is none.
+  // layer `residuals[i]`: -1 is the input of the chain, anything less is none. A layer where there is a `gated[i]`
+  // reads that map, times what the layer before it gives.
   ChainRunner(const SeparableKernels<T>& kernels, std::vector<SeparableParams<T>> layers,
-              std::vector<int64_t> residuals)
+              std::vector<int64_t> residuals, std::vector<int64_t> gated)
       : kernels_(kernels),
         layers_(std::move(layers)),
         residuals_(std::move(residuals)),
-        maps_(out_sizes(layers_), residuals_) {
+        gated_(std::move(gated)),
+        maps_(out_sizes(layers_), residuals_, gated_) {
     int64_t most = 1;
     for (const auto& layer : layers_) most = std::max(most, in_size(layer) + out_size(layer));
     images_at_once_ = std::max(int64_t(1), kImagesBytes / (most * int64_t(sizeof(T))));
@@ -162,6 +167,10 @@ class ChainRunner {
         layer.x = in;
         layer.y = i + 1 == layers_.size() ? y + image * out_size(layer) : map_of(int64_t(i));
         layer.residual = residuals_[i] == -1 ? images_in : map_of(residuals_[i]);
+        if (gated_[i] >= -1) {
+          layer.gate = in;
+          layer.x = gated_[i] == -1 ? images_in : map_of(gated_[i]);
+        }
         T* const scratch = memory + most * maps_.total();
         if (layer.rows == Rows::kDepthwiseMap) {
           run_depthwise_map(kernels_, layer, threads, parallel_for, scratch);
@@ -175,7 +184,7 @@ class ChainRunner {
 
   const SeparableKernels<T>& kernels_;
   std::vector<SeparableParams<T>> layers_;
-  std::vector<int64_t> residuals_;
+  std::vector<int64_t> residuals_, gated_;
   MapPlan maps_;
   int64_t images_at_once_ = 1;
 };

@@ -26,6 +26,8 @@ FUSEDSEP_INLINE V activate(Activation activation, V x) {
       const V gate = V::min(V::broadcast(T(6)), V::max(V::zero(), shifted));
       return V::mul(x, V::mul(gate, V::broadcast(T(1) / T(6))));
     }
+    default:  // those of sigmoid-inl.h
+      return x;
   }
   return x;
 }
@@ -46,6 +48,8 @@ FUSEDSEP_INLINE V activation_gradient(Activation activation, V x, V g) {
       const V inner = V::select_above(V::broadcast(T(3)), x, V::mul(g, slope), g);
       return V::select_above(x, V::broadcast(T(-3)), inner, V::zero());
     }
+    default:  // those of sigmoid-inl.h have no backward
+      return g;
   }
   return g;
 }

@@ -7,7 +7,9 @@
 #include "activation-inl.h"
 #include "layout-inl.h"
 #include "pack-inl.h"
+#include "pixels-inl.h"
 #include "separable.h"
+#include "sigmoid-inl.h"
 
 namespace fusedsep {
 namespace {
@@ -150,6 +152,7 @@ void depthwise_map(const SeparableParams<typename V::T>& p, int64_t row_begin, i
   const int64_t channels = p.in_channels, taps = p.kernel * p.kernel;
   const KeptRows<V> rows(p);
   const auto& kernels = kKernels.table[p.kernel / 2 - 1][p.stride - 1];
+  const bool stored_first = is_stored_first(p.activation);
   for (int64_t i = 0; i < rows.size; ++i) scratch[i] = 0;
 
   for (int64_t line = channel_begin; line < channel_end; line += kLine) {
@@ -180,8 +183,13 @@ void depthwise_map(const SeparableParams<typename V::T>& p, int64_t row_begin, i
             segment.row[u] = r < 0 || r >= p.height ? nullptr : kept + block.begin * p.stride * L;
           }
           segment.y = p.y + first + block.begin * channels;
-          segment.residual = p.residual == nullptr ? nullptr : p.residual + first + block.begin * channels;
+          if (p.residual != nullptr && !stored_first) segment.residual = p.residual + first + block.begin * channels;
           kernels[block.size - 1](segment);
+        }
+        if (stored_first) {
+          const int64_t lanes = min_of(L, channels - c);
+          activate_map<V>(p.activation, p.y + first, p.out_width, lanes, channels);
+          if (p.residual != nullptr) add_map<V>(p.residual + first, p.y + first, p.out_width, lanes, channels);
         }
       }
     }

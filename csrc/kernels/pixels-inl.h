@@ -10,8 +10,8 @@
 namespace fusedsep {
 namespace {
 
-// Channels [channel_begin, channel_end) of the pixels of `tile`. Rows in the order of their use make the product faster
-// than rows in place, by more than this copy costs.
+// Channels [channel_begin, channel_end) of the pixels of `tile`, times their factors where there are any. Rows in the
+// order of their use make the product faster than rows in place, by more than this copy costs.
 template <class V>
 void pixels(const SeparableParams<typename V::T>& p, const Tile& tile, int64_t channel_begin, int64_t channel_end,
             typename V::T* scratch) {
@@ -27,8 +27,20 @@ void pixels(const SeparableParams<typename V::T>& p, const Tile& tile, int64_t c
     for (int64_t m = 0; m < block.size; ++m) {
       const T* const x = map + (block.begin + m) * p.in_channels;
       T* const out = rows + m * L;
-      for (int64_t c = channel_begin; c < whole_end; c += L) V::load(x + c).store(out + c * block.size);
-      if (whole_end < channel_end) V::load(x + whole_end, mask).store(out + whole_end * block.size);
+      if (p.gate == nullptr) {
+        for (int64_t c = channel_begin; c < whole_end; c += L) V::load(x + c).store(out + c * block.size);
+        if (whole_end < channel_end) V::load(x + whole_end, mask).store(out + whole_end * block.size);
+      } else {
+        const int64_t image = (x - p.x) / (p.in_channels * p.out_height * p.out_width);
+        const T* const gate = p.gate + image * p.in_channels;
+        for (int64_t c = channel_begin; c < whole_end; c += L) {
+          V::mul(V::load(x + c), V::load(gate + c)).store(out + c * block.size);
+        }
+        if (whole_end < channel_end) {
+          const V last = V::mul(V::load(x + whole_end, mask), V::load(gate + whole_end, mask));
+          last.store(out + whole_end * block.size);
+        }
+      }
     }
   }
 }

@@ -57,7 +57,7 @@ FUSEDSEP_INLINE void finish(V sum[M][NV], typename V::T* c, int64_t c_stride, in
       FUSEDSEP_ACTIVATE(kRelu6)
       FUSEDSEP_ACTIVATE(kHardswish)
 #undef FUSEDSEP_ACTIVATE
-      case Activation::kNone:
+      default:  // none, or one of sigmoid-inl.h
         break;
     }
   }

@@ -12,6 +12,7 @@
 #include "pixels-inl.h"
 #include "pointwise-inl.h"
 #include "separable.h"
+#include "sigmoid-inl.h"
 
 namespace fusedsep {
 namespace {
@@ -50,20 +51,37 @@ int64_t panel_count(int64_t out_channels, bool channels_last) {
                        : block_count(out_channels, Tiling<V>::kTileRows);
 }
 
+// What follows the product of a tile in channels_last, while it is in the cache: columns [begin, end) of its rows at
+// `c`.
+template <class V>
+void finish_tile(const SeparableParams<typename V::T>& params, typename V::T* c, int64_t pixels, int64_t begin,
+                 int64_t end) {
+  c += begin;
+  if (is_stored_first(params.pointwise_activation)) {
+    activate_map<V>(params.pointwise_activation, c, pixels, end - begin, params.out_channels);
+  }
+  if (params.residual != nullptr) {
+    add_map<V>(params.residual + (c - params.y), c, pixels, end - begin, params.out_channels);
+  }
+}
+
 template <class V>
 void pointwise(const SeparableParams<typename V::T>& params, const Tile& tile, int64_t panel_begin, int64_t panel_end,
                const typename V::T* scratch) {
   using T = typename V::T;
+  const int64_t pixels = tile.end - tile.begin, out_pixels = params.out_height * params.out_width;
+  const int64_t column_begin = panel_begin * Tiling<V>::kTileColumns;
+  const int64_t column_end = min_of(panel_end * Tiling<V>::kTileColumns, params.out_channels);
+  T* image = params.y + tile.image * out_pixels * params.out_channels;
   if (params.rows == Rows::kPatches || params.rows == Rows::kPatchesOfNchw) {
     const PackedLayout<V> layout(params.in_channels, params.out_channels, true);
     convolve<V>(params, params.packed + layout.pointwise, params.packed + layout.pointwise_bias, tile, panel_begin,
                 panel_end);
+    finish_tile<V>(params, image + tile.begin * params.out_channels, pixels, column_begin, column_end);
     return;
   }
-  const int64_t pixels = tile.end - tile.begin, out_pixels = params.out_height * params.out_width;
   const PackedLayout<V> layout(params.in_channels, params.out_channels, params.channels_last);
   const T* weights = params.packed + layout.pointwise;
-  T* image = params.y + tile.image * out_pixels * params.out_channels;
 
   Product<T> product;
   product.depth = params.in_channels;
@@ -76,17 +94,13 @@ void pointwise(const SeparableParams<typename V::T>& params, const Tile& tile, i
     product.block_begin = 0;
     product.block_end = block_count(pixels, Tiling<V>::kTileRows);
     product.columns = weights;
-    product.column_begin = panel_begin * Tiling<V>::kTileColumns;
-    product.column_end = min_of(panel_end * Tiling<V>::kTileColumns, params.out_channels);
+    product.column_begin = column_begin;
+    product.column_end = column_end;
     product.c = image + tile.begin * params.out_channels;
     product.c_stride = params.out_channels;
     if (params.rows == Rows::kDepthwise) product.ahead[0] = rows_ahead(params, tile);
     multiply<V, false>(product);
-    if (params.residual != nullptr) {  // now, while the tile is in the cache
-      const int64_t columns = product.column_end - product.column_begin;
-      add_map<V>(params.residual + (product.c - params.y) + product.column_begin, product.c + product.column_begin,
-                 pixels, columns, params.out_channels);
-    }
+    finish_tile<V>(params, product.c, pixels, column_begin, column_end);
   } else {
     product.rows = weights;
     product.row_count = params.out_channels;

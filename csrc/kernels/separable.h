@@ -29,8 +29,16 @@
 
 namespace fusedsep {
 
-enum class Activation : int32_t { kNone = 0, kRelu = 1, kRelu6 = 2, kHardswish = 3 };
-constexpr int kActivationCount = 4;
+enum class Activation : int32_t {
+  kNone = 0,
+  kRelu = 1,
+  kRelu6 = 2,
+  kHardswish = 3,
+  // In channels_last, of a depthwise convolution alone and behind a product: a pass over what was stored.
+  kSilu = 4,
+  kSigmoid = 5,
+  kHardsigmoid = 6,
+};
 
 // What `h` is. Besides the depthwise stage, which gives this library its name, there are those that other layers of a
 // network need, so that their products run in the same kernels; these are for channels_last alone.
@@ -74,6 +82,8 @@ struct SeparableParams {
   Rows rows = Rows::kDepthwise;  // in_channels counts those of h; only a depthwise stage has an activation and packed
                                  // weights of its own
   int64_t kernel = 3;  // taps in a row and in a column; other than 3 in kDepthwiseMap alone, which has dilation 1
+  // In kPixels, factors [batch][in_channels] of x: what squeeze-and-excitation makes of the map that x is. Or null.
+  const T* gate = nullptr;
   // A map of the shape of y that is added to it at the end; in channels_last, not for patches, and it does not overlap
   // y.
   const T* residual = nullptr;

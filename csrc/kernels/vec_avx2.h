@@ -59,6 +59,10 @@ struct Avx2F32 {
   FUSEDSEP_INLINE static Avx2F32 add(Avx2F32 a, Avx2F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
   FUSEDSEP_INLINE static Avx2F32 sub(Avx2F32 a, Avx2F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
   FUSEDSEP_INLINE static Avx2F32 mul(Avx2F32 a, Avx2F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+  FUSEDSEP_INLINE static Avx2F32 div(Avx2F32 a, Avx2F32 b) { return {_mm256_div_ps(a.v, b.v)}; }
+  FUSEDSEP_INLINE static Avx2F32 shift_to_exponent(Avx2F32 x) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x.v), 23))};
+  }
   // VMAXPS and VMINPS return their second operand when either is NaN.
   FUSEDSEP_INLINE static Avx2F32 max(Avx2F32 bound, Avx2F32 x) { return {_mm256_max_ps(bound.v, x.v)}; }
   FUSEDSEP_INLINE static Avx2F32 min(Avx2F32 bound, Avx2F32 x) { return {_mm256_min_ps(bound.v, x.v)}; }
@@ -141,6 +145,10 @@ struct Avx2F64 {
   FUSEDSEP_INLINE static Avx2F64 add(Avx2F64 a, Avx2F64 b) { return {_mm256_add_pd(a.v, b.v)}; }
   FUSEDSEP_INLINE static Avx2F64 sub(Avx2F64 a, Avx2F64 b) { return {_mm256_sub_pd(a.v, b.v)}; }
   FUSEDSEP_INLINE static Avx2F64 mul(Avx2F64 a, Avx2F64 b) { return {_mm256_mul_pd(a.v, b.v)}; }
+  FUSEDSEP_INLINE static Avx2F64 div(Avx2F64 a, Avx2F64 b) { return {_mm256_div_pd(a.v, b.v)}; }
+  FUSEDSEP_INLINE static Avx2F64 shift_to_exponent(Avx2F64 x) {
+    return {_mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(x.v), 52))};
+  }
   FUSEDSEP_INLINE static Avx2F64 max(Avx2F64 bound, Avx2F64 x) { return {_mm256_max_pd(bound.v, x.v)}; }
   FUSEDSEP_INLINE static Avx2F64 min(Avx2F64 bound, Avx2F64 x) { return {_mm256_min_pd(bound.v, x.v)}; }
   FUSEDSEP_INLINE static Avx2F64 select_above(Avx2F64 a, Avx2F64 b, Avx2F64 yes, Avx2F64 no) {

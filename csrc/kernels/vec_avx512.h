@@ -55,6 +55,10 @@ struct Avx512F32 {
   FUSEDSEP_INLINE static Avx512F32 add(Avx512F32 a, Avx512F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
   FUSEDSEP_INLINE static Avx512F32 sub(Avx512F32 a, Avx512F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
   FUSEDSEP_INLINE static Avx512F32 mul(Avx512F32 a, Avx512F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+  FUSEDSEP_INLINE static Avx512F32 div(Avx512F32 a, Avx512F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
+  FUSEDSEP_INLINE static Avx512F32 shift_to_exponent(Avx512F32 x) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 23))};
+  }
   // VMAXPS and VMINPS return their second operand when either is NaN.
   FUSEDSEP_INLINE static Avx512F32 max(Avx512F32 bound, Avx512F32 x) { return {_mm512_max_ps(bound.v, x.v)}; }
   FUSEDSEP_INLINE static Avx512F32 min(Avx512F32 bound, Avx512F32 x) { return {_mm512_min_ps(bound.v, x.v)}; }
@@ -142,6 +146,10 @@ struct Avx512F64 {
   FUSEDSEP_INLINE static Avx512F64 add(Avx512F64 a, Avx512F64 b) { return {_mm512_add_pd(a.v, b.v)}; }
   FUSEDSEP_INLINE static Avx512F64 sub(Avx512F64 a, Avx512F64 b) { return {_mm512_sub_pd(a.v, b.v)}; }
   FUSEDSEP_INLINE static Avx512F64 mul(Avx512F64 a, Avx512F64 b) { return {_mm512_mul_pd(a.v, b.v)}; }
+  FUSEDSEP_INLINE static Avx512F64 div(Avx512F64 a, Avx512F64 b) { return {_mm512_div_pd(a.v, b.v)}; }
+  FUSEDSEP_INLINE static Avx512F64 shift_to_exponent(Avx512F64 x) {
+    return {_mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(x.v), 52))};
+  }
   FUSEDSEP_INLINE static Avx512F64 max(Avx512F64 bound, Avx512F64 x) { return {_mm512_max_pd(bound.v, x.v)}; }
   FUSEDSEP_INLINE static Avx512F64 min(Avx512F64 bound, Avx512F64 x) { return {_mm512_min_pd(bound.v, x.v)}; }
   FUSEDSEP_INLINE static Avx512F64 select_above(Avx512F64 a, Avx512F64 b, Avx512F64 yes, Avx512F64 no) {

@@ -12,6 +12,17 @@
 namespace fusedsep {
 namespace {
 
+template <int kBytes>
+struct WordOf;
+template <>
+struct WordOf<4> {
+  using type = uint32_t;
+};
+template <>
+struct WordOf<8> {
+  using type = uint64_t;
+};
+
 template <typename Element, int Lanes>
 struct PortableVec {
   using T = Element;
@@ -92,6 +103,14 @@ struct PortableVec {
   }
   FUSEDSEP_INLINE static PortableVec mul(const PortableVec& a, const PortableVec& b) {
     return each([&](int i) { return a.part[i] * b.part[i]; });
+  }
+  FUSEDSEP_INLINE static PortableVec div(const PortableVec& a, const PortableVec& b) {
+    return each([&](int i) { return a.part[i] / b.part[i]; });
+  }
+  // The bits of each lane, moved up by as many as the fraction has: the lowest ones become the exponent.
+  FUSEDSEP_INLINE static PortableVec shift_to_exponent(const PortableVec& x) {
+    typedef typename WordOf<sizeof(T)>::type Words __attribute__((vector_size(16)));
+    return each([&](int i) { return (Part)((Words)x.part[i] << (sizeof(T) == 4 ? 23 : 52)); });
   }
   // A NaN in `x` stays a NaN.
   FUSEDSEP_INLINE static PortableVec max(const PortableVec& bound, const PortableVec& x) {

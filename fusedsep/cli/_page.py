@@ -9,9 +9,11 @@ from typing import Any
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1f2328; --muted: #59636e; --line: #d1d9e0; --back: #ffffff;
-  --s0: #0969da; --s1: #54aeff; --s2: #bc4c00; --s3: #8250df; --s4: #1a7f37; --s5: #818b98; --s6: #454c54; }
+  --s0: #0969da; --s1: #54aeff; --s2: #bc4c00; --s3: #8250df; --s4: #1a7f37; --s5: #818b98; --s6: #454c54;
+  --s7: #0598bc; }
 @media (prefers-color-scheme: dark) { :root { --text: #e6edf3; --muted: #9198a1; --line: #3d444d; --back: #0d1117;
-  --s0: #4493f8; --s1: #a5d0ff; --s2: #f0883e; --s3: #bc8cff; --s4: #3fb950; --s5: #768390; --s6: #c9d1d9; } }
+  --s0: #4493f8; --s1: #a5d0ff; --s2: #f0883e; --s3: #bc8cff; --s4: #3fb950; --s5: #768390; --s6: #c9d1d9;
+  --s7: #39c5cf; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back); margin: 2rem auto;
   max-width: 62rem; padding: 0 1rem; }
 h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
@@ -26,7 +28,7 @@ line.grid { stroke: var(--line); stroke-width: 1; opacity: .6; } line.axis { str
 line.roof { stroke: var(--text); stroke-width: 1.5; } line.slope { stroke: var(--muted); stroke-width: 1.5;
   stroke-dasharray: 5 4; }
 .series0 { fill: var(--s0); } .series1 { fill: var(--s1); } .series2 { fill: var(--s2); } .series3 { fill: var(--s3); }
-.series4 { fill: var(--s4); } .series5 { fill: var(--s5); } .series6 { fill: var(--s6); }
+.series4 { fill: var(--s4); } .series5 { fill: var(--s5); } .series6 { fill: var(--s6); } .series7 { fill: var(--s7); }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th:first-child, td:first-child, td.text, th.text { text-align: left; } th { font-weight: 600; vertical-align: bottom; }

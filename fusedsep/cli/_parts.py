@@ -14,19 +14,19 @@ import torch.nn as nn
 
 from .. import _ops
 from .._chain import LayerChain
-from .._chain_elements import Classifier, Convolution, tensors_at
+from .._chain_elements import Classifier, Convolution, GatedConvolution, tensors_at
 from .._frozen import FrozenSeparable
 from ._limits import Limits
 from ._measure import Times, time_interleaved
 
 SEPARABLE, FIRST, POINTWISE, CLASSIFIER = "depthwise-separable", "first convolution", "1x1 convolution", "classifier"
-DEPTHWISE = "depthwise convolution"
+DEPTHWISE, GATED = "depthwise convolution", "squeeze-and-excitation, 1x1 convolution"
 OTHER = "other"
 
 
 @dataclass(frozen=True)
 class Part:
-    """A site, a first convolution, a 1x1 convolution, a depthwise one by itself or a classifier.
+    """A site, a first convolution, a 1x1 convolution, perhaps behind a gate, a depthwise one by itself or a classifier.
 
     Attributes:
         kind: one of the above.
@@ -50,8 +50,10 @@ def parts_of(frozen: nn.Module, x: torch.Tensor) -> list[Part]:
 
     def noting(method: Callable[..., torch.Tensor], make: Callable[..., Part]) -> Callable[..., torch.Tensor]:
         def call(layer: Any, x: torch.Tensor) -> torch.Tensor:
+            count = len(parts)
             y = method(layer, x)
-            parts.append(make(len(parts), layer, x, y))
+            del parts[count:]  # layers inside this one
+            parts.append(make(count, layer, x, y))
             return y
 
         return call
@@ -61,6 +63,7 @@ def parts_of(frozen: nn.Module, x: torch.Tensor) -> list[Part]:
         mock.patch.object(LayerChain, "_run", lambda chain, x: None),  # layer by layer
         mock.patch.object(FrozenSeparable, "forward", noting(FrozenSeparable.forward, _site)),
         mock.patch.object(Convolution, "__call__", noting(Convolution.__call__, _layer)),
+        mock.patch.object(GatedConvolution, "__call__", noting(GatedConvolution.__call__, _layer)),
         mock.patch.object(Classifier, "__call__", noting(Classifier.__call__, _layer)),
     ):
         frozen(x)
@@ -129,24 +132,29 @@ def _site(index: int, site: FrozenSeparable, x: torch.Tensor, y: torch.Tensor) -
     )
 
 
-def _layer(index: int, layer: Convolution | Classifier, x: torch.Tensor, y: torch.Tensor) -> Part:
-    kind = CLASSIFIER if isinstance(layer, Classifier) else _kind_of(layer)
+def _layer(index: int, layer: Convolution | GatedConvolution | Classifier, x: torch.Tensor, y: torch.Tensor) -> Part:
+    kind = _kind_of(layer)
     nchw = kind == FIRST and not x.is_contiguous(memory_format=torch.channels_last)
-    numbers, _, _ = layer.layer(*x.shape[-2:], nchw)
+    layers, _, _ = layer.layers(*x.shape[-2:], nchw)
     if not nchw:
         x = x.contiguous(memory_format=torch.channels_last)
     weights = [tensor for tensor in tensors_at(layer.places()) if tensor is not None]
+    *gate, product = [tensor for tensor in weights if tensor.dim() > 1]
     return Part(
         f"{index}: {kind}, {x.shape[-2]}x{x.shape[-1]}",
         kind,
-        weights[0].numel() * (y.numel() // weights[0].shape[0]),
+        product.numel() * (y.numel() // product.shape[0]) + x.shape[0] * sum(tensor.numel() for tensor in gate),
         _nbytes(x, y, *weights),
         0,
-        functools.partial(_ops.chain, x, layer.pack(nchw), list(numbers)),
+        functools.partial(_ops.chain, x, layer.pack(nchw), [number for layer in layers for number in layer]),
     )
 
 
-def _kind_of(layer: Convolution) -> str:
+def _kind_of(layer: Convolution | GatedConvolution | Classifier) -> str:
+    if isinstance(layer, Classifier):
+        return CLASSIFIER
+    if isinstance(layer, GatedConvolution):
+        return GATED
     return POINTWISE if layer.is_pointwise else DEPTHWISE if layer.is_depthwise else FIRST
 
 

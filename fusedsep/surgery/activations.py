@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which activation a node of a graph computes, however it is written."""
+"""Which activation a node of a graph computes, however it is written.
+
+Names are those of :data:`fusedsep._activations.LAYER_ACTIVATION_CODES`; a site knows fewer.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import fx
 
-_MODULES = {nn.ReLU.forward: "relu", nn.Hardswish.forward: "hardswish"}
+_MODULES = {nn.ReLU.forward: "relu", nn.Hardswish.forward: "hardswish", nn.SiLU.forward: "silu"}
 _FUNCTIONS = {
     F.relu: "relu",
     torch.relu: "relu",
@@ -20,6 +23,16 @@ _FUNCTIONS = {
     "relu_": "relu",
     F.relu6: "relu6",
     F.hardswish: "hardswish",
+    F.silu: "silu",
+}
+_GATE_MODULES = {nn.Sigmoid.forward: "sigmoid", nn.Hardsigmoid.forward: "hardsigmoid"}
+_GATE_FUNCTIONS = {
+    torch.sigmoid: "sigmoid",
+    torch.sigmoid_: "sigmoid",
+    F.sigmoid: "sigmoid",
+    "sigmoid": "sigmoid",
+    "sigmoid_": "sigmoid",
+    F.hardsigmoid: "hardsigmoid",
 }
 _CLAMPS = {
     **dict.fromkeys((F.hardtanh, F.hardtanh_), ("min_val", "max_val")),
@@ -70,6 +83,45 @@ def _clamp_name(low: Any, high: Any) -> str | None:
 
 def _is_number(value: Any, wanted: float) -> bool:
     return isinstance(value, (int, float)) and abs(value - wanted) < 1e-7
+
+
+def gate_of(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
+    """The name of what ``node`` computes of its first argument if it ends in numbers from 0 to 1, or ``None``."""
+    if node.op == "call_module":
+        return _GATE_MODULES.get(type(modules[node.target]).forward)
+    return _GATE_FUNCTIONS.get(node.target)
+
+
+def composed_hardsigmoid(x: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node] | None:
+    """The nodes that spell out ``relu6(x + 3) / 6``, the last one being the result; ``None`` if they do not."""
+    nodes = [x]
+    for fits in (
+        lambda node, source: _scales(node, _ADD | {operator.iadd, "add_"}, source, 3.0),
+        lambda node, source: _activation(node, modules) == "relu6",
+        _is_sixth,
+    ):
+        node = _only_user(nodes[-1])
+        if node is None or not fits(node, nodes[-1]):
+            return None
+        nodes.append(node)
+    return nodes[1:]
+
+
+def composed_activation(x: fx.Node, modules: dict[str, nn.Module]) -> tuple[list[fx.Node], str] | None:
+    """The nodes that spell out an activation of ``x`` that reads it twice, and its name; ``None`` if they do not."""
+    nodes = composed_hardswish(x, modules)
+    if nodes is not None:
+        return nodes, "hardswish"
+    for gate in x.users if len(x.users) == 2 else ():  # x * sigmoid(x)
+        product = _only_user(gate)
+        if gate_of(gate, modules) == "sigmoid" and product is not None and _combines(product, _MULTIPLY, x, gate):
+            return None if gate.target in (torch.sigmoid_, "sigmoid_") else ([gate, product], "silu")
+    return None
+
+
+def multiplies(node: fx.Node, a: fx.Node, b: fx.Node) -> bool:
+    """Whether ``node`` is the product of the two, and leaves both as they are."""
+    return _combines(node, _MULTIPLY - {operator.imul, "mul_"}, a, b)
 
 
 def composed_hardswish(x: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node] | None:

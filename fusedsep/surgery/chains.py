@@ -90,7 +90,9 @@ class Outline:
         if not self._runs or (frozen is not None and not all(run.site_keys <= frozen.keys() for run in self._runs)):
             return
         for index, run in enumerate(self._runs):
-            chain = LayerChain(f"chain_{index}", run.elements(frozen), [step.residual for step in run.steps])
+            chain = LayerChain(
+                f"chain_{index}", run.elements(frozen), [step.residual for step in run.steps], frozen is not None
+            )
             nodes = run.nodes
             with self._graph.inserting_before(nodes[0]):
                 call = self._graph.call_function(chain, (input_of(nodes[0]),))

@@ -14,6 +14,8 @@ _DROPOUTS = {
     for kind in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 }
 _DROPOUT_FUNCTIONS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
+#: Module and name of the function in torchvision, which marks it as one call for FX.
+_STOCHASTIC_DEPTH = ("torchvision.ops.stochastic_depth", "stochastic_depth")
 
 
 def is_dropout(module: nn.Module) -> bool:
@@ -32,7 +34,13 @@ def passes_on(module: nn.Module) -> bool:
 
 def call_passes_on(node: fx.Node) -> bool:
     """The same for the call of a function."""
-    if node.target not in _DROPOUT_FUNCTIONS:
+    if node.op != "call_function":
         return False
-    given = arguments_of(node, ("p", "training"))
+    if node.target in _DROPOUT_FUNCTIONS:
+        names = ("p", "training")
+    elif (node.target.__module__, node.target.__name__) == _STOCHASTIC_DEPTH:
+        names = ("p", "mode", "training")
+    else:
+        return False
+    given = arguments_of(node, names)
     return given.get("training", True) is False or given.get("p", 0.5) == 0

@@ -46,7 +46,7 @@ class _Search:
 
     def behind(self, node: fx.Node) -> Head | None:
         pool = only_reader(node)
-        rank = None if pool is None else self._rank_of_pooled(pool)
+        rank = None if pool is None else rank_of_pooled(pool, self._modules)
         if rank is None:
             return None
         nodes = [pool]
@@ -71,22 +71,6 @@ class _Search:
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self._modules[node.target] if node.op == "call_module" else None
-
-    def _rank_of_pooled(self, node: fx.Node) -> int | None:
-        """Dimensions of the output if ``node`` takes the mean of each map."""
-        module = self._module(node)
-        if module is not None:
-            pools = type(module).forward is nn.AdaptiveAvgPool2d.forward and "forward" not in vars(module)
-            return 4 if pools and module.output_size in (1, (1, 1)) else None
-        if node.target is F.adaptive_avg_pool2d:
-            return 4 if arguments_of(node, ("output_size",)).get("output_size") in (1, (1, 1), [1, 1]) else None
-        if node.target in _MEANS:
-            given = arguments_of(node, ("dim", "keepdim"))
-            dim = given.pop("dim", None)
-            keeps = given.pop("keepdim", False)
-            if not given and isinstance(dim, (tuple, list)) and tuple(dim) in _BOTH_DIRECTIONS:
-                return 4 if keeps is True else 2
-        return None
 
     def _is_flatten(self, node: fx.Node) -> bool:
         module = self._module(node)
@@ -123,6 +107,23 @@ class _Search:
         if list(sizes[-1].users) != [reshape] or reshape.target not in _RESHAPE or reshape.kwargs:
             return None
         return [*sizes, reshape] if reshape.args[0] is node and _shape_of(reshape) == (sizes[-1], -1) else None
+
+
+def rank_of_pooled(node: fx.Node, modules: dict[str, nn.Module]) -> int | None:
+    """Dimensions of the output if ``node`` takes the mean of each map."""
+    module = modules[node.target] if node.op == "call_module" else None
+    if module is not None:
+        pools = type(module).forward is nn.AdaptiveAvgPool2d.forward and "forward" not in vars(module)
+        return 4 if pools and module.output_size in (1, (1, 1)) else None
+    if node.target is F.adaptive_avg_pool2d:
+        return 4 if arguments_of(node, ("output_size",)).get("output_size") in (1, (1, 1), [1, 1]) else None
+    if node.target in _MEANS:
+        given = arguments_of(node, ("dim", "keepdim"))
+        dim = given.pop("dim", None)
+        keeps = given.pop("keepdim", False)
+        if not given and isinstance(dim, (tuple, list)) and tuple(dim) in _BOTH_DIRECTIONS:
+            return 4 if keeps is True else 2
+    return None
 
 
 def _shape_of(reshape: fx.Node) -> tuple[Any, ...]:

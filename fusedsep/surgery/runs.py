@@ -12,14 +12,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import fx
 
-from .._chain_elements import Classifier, Convolution, Element, FrozenSite, Site
+from .._chain_elements import Classifier, Convolution, Element, FrozenSite, GatedConvolution, Site
 from .._compat import is_plain_convolution
 from .._frozen import FrozenSeparable
 from .._padding import NO_PADS, Pads, pad_map
-from .activations import activation_of_function, activation_of_module, composed_hardswish
+from .activations import activation_of_function, activation_of_module, composed_activation, multiplies
 from .analysis import is_block
 from .batch_norms import NotABatchNorm, is_batch_norm, read_batch_norm
 from .dropouts import call_passes_on, passes_on
+from .gates import gate_behind
 from .heads import head_behind, only_reader
 from .program import FusedSite
 from .sites import input_of, is_first_convolution, is_plain_pointwise, sum_of_pads, zero_pads
@@ -132,6 +133,8 @@ class Run:
             source = input_of(reader)
             if source is not None and (self._take_addition(reader) or self._take_layer(reader, source)):
                 return True
+        if self._take_gate(names):
+            return True
         head = head_behind(names[-1], self._channels, self._modules)
         if head is None:
             return False
@@ -228,15 +231,45 @@ class Run:
         self._reads_images = self._take_convolution(nodes, conv, pads)
         return self._reads_images
 
+    def _take_gate(self, names: list[fx.Node]) -> bool:
+        """Squeeze-and-excitation of the last map, which goes by ``names``, and the 1x1 convolution behind it."""
+        readers = sorted({reader for name in names for reader in name.users if reader not in names})
+        if len(readers) != 2:
+            return False
+        for pool, product in (readers, readers[::-1]):
+            gate = gate_behind(pool, self._channels, self._modules)
+            if gate is not None and list(gate.nodes[-1].users) == [product]:
+                break
+        else:
+            return False
+        if not any(multiplies(product, name, gate.nodes[-1]) for name in names):
+            return False
+        inner = [*gate.nodes, *sorted([product, *self._name([product])])]
+        reader = only_reader(inner[-1])
+        conv = None if reader is None else self._module(reader)
+        if not is_plain_pointwise(conv) or conv.in_channels != self._channels:
+            return False
+        project, nodes = self._read_convolution([reader], conv, NO_PADS)
+        element = GatedConvolution(
+            gate.reduce, gate.activation, gate.expand, gate.gate_activation, project, self._modules_of(inner)
+        )
+        return self._take(lambda frozen: element, [*inner, *nodes], conv.out_channels)
+
     def _take_convolution(self, nodes: list[fx.Node], conv: nn.Conv2d, pads: Pads | str) -> bool:
-        """``conv`` at the end of ``nodes``, and a BN and an activation behind it."""
+        element, nodes = self._read_convolution(nodes, conv, pads)
+        return self._take(lambda frozen: element, nodes, conv.out_channels, is_depthwise=element.is_depthwise)
+
+    def _read_convolution(
+        self, nodes: list[fx.Node], conv: nn.Conv2d, pads: Pads | str
+    ) -> tuple[Convolution, list[fx.Node]]:
+        """``conv`` at the end of ``nodes``, with a BN and an activation behind it, and all nodes."""
         bn: nn.Module | None = None
         activation, carried, pending = "none", False, list(nodes)
         nodes = list(nodes)
         while activation == "none":
-            spelled_out = composed_hardswish(pending[-1], self._modules)
+            spelled_out = composed_activation(pending[-1], self._modules)
             if spelled_out is not None:
-                nodes, activation = [*pending, *spelled_out], "hardswish"
+                nodes, activation = [*pending, *spelled_out[0]], spelled_out[1]
                 break
             reader = only_reader(pending[-1])
             if reader is None:
@@ -261,8 +294,7 @@ class Run:
                     break
                 activation = found
             nodes = list(pending)
-        element = Convolution(conv, bn, activation, self._modules_of(nodes), pads, carried)
-        return self._take(lambda frozen: element, nodes, conv.out_channels, is_depthwise=element.is_depthwise)
+        return Convolution(conv, bn, activation, self._modules_of(nodes), pads, carried), nodes
 
 
 def is_plain_depthwise(conv: nn.Module | None) -> bool:

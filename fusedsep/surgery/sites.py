@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import fx
 
+from .._activations import ACTIVATION_CODES
 from .._compat import is_patched_convolution, is_plain_convolution
 from .._padding import NO_PADS, Pads, convolution_pads, pad_map
 from .._structure import why_not_depthwise, why_not_pointwise
@@ -347,7 +348,8 @@ def _read(node: fx.Node, source: fx.Node, modules: dict[str, nn.Module]) -> _Ste
     if node.op == "call_module":
         return _read_module(node.target, modules[node.target])
     activation = activation_of_function(node)
-    return _Step("other", text=node.name) if activation is None else _Step("activation", activation, activation)
+    known = activation in ACTIVATION_CODES
+    return _Step("activation", activation, activation) if known else _Step("other", text=node.name)
 
 
 def input_of(node: fx.Node) -> fx.Node | None:
@@ -369,9 +371,12 @@ def _read_module(path: str, module: nn.Module) -> _Step:
         return _Step("other", text=described)
     if is_batch_norm(module):
         try:
-            return _Step("bn", read_batch_norm(module), described)
+            activation = read_batch_norm(module)
         except NotABatchNorm as reason:
             raise NotASite(f"{described}: {reason}") from None
+        if activation not in ACTIVATION_CODES:
+            raise NotASite(f"{described}: applies {activation}")
+        return _Step("bn", activation, described)
     if isinstance(module, nn.Conv2d):
         return (
             _Step("end", text=f"{described} {tuple(module.kernel_size)}")
@@ -379,7 +384,8 @@ def _read_module(path: str, module: nn.Module) -> _Step:
             else _Step("pointwise")
         )
     activation = activation_of_module(module)
-    return _Step("other", text=described) if activation is None else _Step("activation", activation, described)
+    known = activation in ACTIVATION_CODES
+    return _Step("activation", activation, described) if known else _Step("other", text=described)
 
 
 def _xception_order(depthwise: fx.Node, modules: dict[str, nn.Module]) -> str:

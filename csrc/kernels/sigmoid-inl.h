@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// Activations that need exp, or that stand at the end of a gate: a pass over a map that was just stored, as none of
+// them fits into the registers beside the accumulators of a product.
+#pragma once
+
+#include "separable.h"
+#include "vec.h"
+
+namespace fusedsep {
+namespace {
+
+// exp(x) = 2^n * exp(r), with n = round(x / ln 2) and r = x - n ln 2 in two parts, of which the first times n is exact;
+// exp(r), |r| <= ln 2 / 2, by its Taylor series (W. Cody, W. Waite, "Software Manual for the Elementary Functions",
+// 1980). Within 2 units in the last place above kLeast, 0 below; infinite where exp(x) is. NaN stays NaN.
+template <typename T>
+struct ExpConstants;
+template <>
+struct ExpConstants<float> {
+  static constexpr int kTerms = 7;  // 0.3466^8 / 8! = 5e-9
+  static constexpr float kLeast = -87.0f, kMost = 89.0f, kHigh = 0x1.63p-1f, kLow = -0x1.bd0106p-13f;
+  static constexpr float kRounder = 0x1.8p23f, kBias = 126;
+};
+template <>
+struct ExpConstants<double> {
+  static constexpr int kTerms = 13;  // 0.3466^14 / 14! = 4e-18
+  static constexpr double kLeast = -708.0, kMost = 710.0, kHigh = 0x1.62e42feep-1, kLow = 0x1.a39ef35793c76p-33;
+  static constexpr double kRounder = 0x1.8p52, kBias = 1022;
+};
+
+template <typename T>
+constexpr T inverse_factorial(int k) {
+  T factorial = 1;
+  for (int i = 2; i <= k; ++i) factorial *= T(i);
+  return T(1) / factorial;
+}
+
+template <class V, int k>
+FUSEDSEP_INLINE V exp_series(const V& r, const V& sum) {
+  using T = typename V::T;
+  const V next = V::fma(sum, r, V::broadcast(inverse_factorial<T>(k)));
+  if constexpr (k > 0) {
+    return exp_series<V, k - 1>(r, next);
+  } else {
+    return next;
+  }
+}
+
+template <class V>
+FUSEDSEP_INLINE V exp(V x) {
+  using T = typename V::T;
+  using C = ExpConstants<T>;
+  const V rounder = V::broadcast(C::kRounder);
+  x = V::max(V::broadcast(C::kLeast), V::min(V::broadcast(C::kMost), x));
+  const V n = V::sub(V::fma(x, V::broadcast(T(1.44269504088896340736)), rounder), rounder);
+  const V r = V::fma(n, V::broadcast(-C::kLow), V::fma(n, V::broadcast(-C::kHigh), x));
+  const V series = exp_series<V, C::kTerms - 1>(r, V::broadcast(inverse_factorial<T>(C::kTerms)));
+  // 2^(n - 1), whose exponent fits for all n, from the low bits of a sum that rounds to a whole number. At the least n
+  // it is 0.
+  const V half = V::shift_to_exponent(V::add(n, V::broadcast(C::kRounder + C::kBias)));
+  return V::mul(V::mul(series, half), V::broadcast(T(2)));
+}
+
+// act(x), lane by lane. NaN stays NaN.
+//   silu         x / (1 + exp(-x))
+//   sigmoid      1 / (1 + exp(-x))
+//   hardsigmoid  min(6, max(0, x + 3)) / 6
+template <class V>
+FUSEDSEP_INLINE V activate_stored(Activation activation, V x) {
+  using T = typename V::T;
+  const V one = V::broadcast(T(1));
+  if (activation == Activation::kHardsigmoid) {
+    const V gate = V::min(V::broadcast(T(6)), V::max(V::zero(), V::add(x, V::broadcast(T(3)))));
+    return V::mul(gate, V::broadcast(T(1) / T(6)));
+  }
+  const V denominator = V::add(one, exp(V::sub(V::zero(), x)));
+  return V::div(activation == Activation::kSilu ? x : one, denominator);
+}
+
+// Whether it is applied by the pass below, and not where the map is computed.
+FUSEDSEP_INLINE bool is_stored_first(Activation activation) { return activation >= Activation::kSilu; }
+
+// y = act(y), over `rows` rows of `count` elements.
+template <class V>
+void activate_map(Activation activation, typename V::T* y, int64_t rows, int64_t count, int64_t stride) {
+  constexpr int L = V::kLanes;
+  if (count == stride) {
+    count = stride = rows * count;
+    rows = 1;
+  }
+  const int64_t whole = count / L * L;
+  const auto mask = V::mask(0, count - whole);
+  const auto pass = [&](Activation constant) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < rows; ++i, y += stride) {
+      for (int64_t k = 0; k < whole; k += L) activate_stored(constant, V::load(y + k)).store(y + k);
+      if (whole < count) activate_stored(constant, V::load(y + whole, mask)).store(y + whole, mask);
+    }
+  };
+  switch (activation) {
+    case Activation::kSilu:
+      return pass(Activation::kSilu);
+    case Activation::kSigmoid:
+      return pass(Activation::kSigmoid);
+    default:
+      return pass(Activation::kHardsigmoid);
+  }
+}
+
+}  // namespace
+}  // namespace fusedsep
