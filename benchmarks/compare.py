@@ -54,6 +54,9 @@ def _with_batch(make: Callable[..., subjects.Subject]) -> Callable[..., subjects
 PLANS = {
     "blocks": Plan(subjects.block, "BLOCKS", 100, 1),
     "networks": Plan(lambda network, batch: subjects.network(*network, batch), "NETWORKS", 100, 1),
+    "other-networks": Plan(
+        lambda network, batch: subjects.other_network(*network, batch), "OTHER_WHOLE_NETWORKS", 50, 1
+    ),
     "peers": Plan(_with_batch(subjects.peer_network), "PEER_NETWORKS", 30, None, rehearsed=True),
     "training-blocks": Plan(training.block, "BLOCKS", 20, 8),
     "training-networks": Plan(_with_batch(training.network), "TRAINING_NETWORKS", 20, None),

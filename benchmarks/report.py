@@ -73,6 +73,10 @@ def replace_region(text: str, name: str, content: str) -> str:
     return f"{head}{begin}\n\n{content}\n{end}{tail}"
 
 
+#: Subjects whose table names the network in every row, and the title of the table.
+_MIXED = {"training-networks": "Training steps", "other-networks": "Other networks"}
+
+
 def render(document: dict[str, Any]) -> str:
     """The Markdown for one file of results: the first network's table, those of the others folded away, a legend."""
     if document["subject"] == "peers":
@@ -80,8 +84,12 @@ def render(document: dict[str, Any]) -> str:
     if document["subject"] == "parts":
         return _render_parts(document)
     results, machine = document["results"], document["machine"]
-    if document["subject"] == "training-networks":
-        lines = [f"**Training steps** on {machine_line(machine)}.", "", *_table(results, machine, with_network=True)]
+    if document["subject"] in _MIXED:
+        lines = [
+            f"**{_MIXED[document['subject']]}** on {machine_line(machine)}.",
+            "",
+            *_table(results, machine, with_network=True),
+        ]
         return "\n".join([*lines, "", _legend(document), ""])
     first = [result for result in results if result["network"] == results[0]["network"]]
     others = [result for result in results if result not in first]

@@ -68,7 +68,18 @@ BLOCKS = [*mobilenet_v1(1.0, 224), *mobilenet_v1(0.25, 128), *OTHER_NETWORKS]
 #: (width multiplier, resolution) of whole MobileNetV1s: the corners of the paper's tables 6 and 7, and some between.
 NETWORKS = [(1.0, 224), (1.0, 160), (0.75, 192), (0.5, 160), (0.25, 224), (0.25, 128)]
 
-#: The same and the batch, for the comparison with other engines: everything that the paper crosses, and larger batches.
+#: Name in inverted_residuals.py and resolution of other whole networks.
+OTHER_WHOLE_NETWORKS = [
+    ("MobileNetV2", 224),
+    ("MobileNetV3 large", 224),
+    ("MnasNet", 224),
+    ("EfficientNet-Lite0", 224),
+    ("EfficientNet-B0", 224),
+    ("EfficientNet-B0", 128),
+]
+
+#: The entries of `NETWORKS` and the batch, for the comparison with other engines: everything that the paper crosses,
+#: and larger batches.
 PEER_NETWORKS = [
     *((width, resolution, 1) for width in (1.0, 0.75, 0.5, 0.25) for resolution in (224, 160, 128)),
     *((width, 224, 8) for width in (1.0, 0.75, 0.5, 0.25)),

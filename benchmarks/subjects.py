@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import inverted_residuals
 import torch
 import torch.nn as nn
 from shapes import Shape
@@ -115,6 +116,7 @@ class Subject:
     """
 
     engines = ENGINES
+    is_all_sites = True  # every depthwise convolution belongs to a site
     inference = True  # to be called in torch.inference_mode()
     gflop_per_mult_add = 2e-9
     order = math.inf  # of the norm that errors are measured by
@@ -130,7 +132,7 @@ class Subject:
         self._prepare()
         self.gflop = self.gflop_per_mult_add * fusedsep.complexity(module, tuple(inputs[0].shape)).mult_adds
         report = fusedsep.fusion_report(module)
-        if report.skipped or not report.fused:
+        if self.is_all_sites and (report.skipped or not report.fused):
             raise RuntimeError(f"{network} {name} would be timed in part unfused:\n{report}")
         self._exact = self._eager("NCHW", torch.float64)
         self._torchs = {memory_format: self._eager(memory_format) for memory_format in FORMATS}
@@ -191,12 +193,24 @@ class PeerSubject(Subject):
     engines = PEER_ENGINES
 
 
+class OtherNetwork(Subject):
+    """A network with depthwise convolutions of other kinds, which run in chains with the sites."""
+
+    is_all_sites = False
+
+
 def block(shape: Shape, batch: int = 1) -> Subject:
     return Subject(shape.network, shape.name, *block_and_input(shape, batch))
 
 
 def network(width: float, resolution: int, batch: int = 1) -> Subject:
     return Subject("MobileNetV1", f"{width}-{resolution}", *network_and_input(width, resolution, batch))
+
+
+def other_network(name: str, resolution: int, batch: int = 1) -> Subject:
+    torch.manual_seed(0)
+    module = inverted_residuals.NETWORKS[name]()
+    return OtherNetwork(name, f"{resolution}x{resolution}", module, torch.randn(batch, 3, resolution, resolution))
 
 
 def peer_network(width: float, resolution: int, batch: int) -> PeerSubject:

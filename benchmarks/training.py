@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from mobilenet_v2 import MobileNetV2
+from inverted_residuals import mobilenet_v2
 from shapes import Shape
 from subjects import ENGINES, Answer, Engines, Subject, Variant, block_and_input, compiled, network_and_input
 
@@ -108,7 +108,7 @@ def network(name: str, width: float, resolution: int, batch: int) -> TrainingNet
     if name == "MobileNetV2":
         if width != 1.0:
             raise ValueError(f"MobileNetV2 is there in width 1.0 alone, not {width}")
-        module = MobileNetV2()
+        module = mobilenet_v2()
     labels = torch.randint(1000, (batch,))
     return TrainingNetwork(name, f"{width}-{resolution}, batch {batch}", module, images, labels)
 

@@ -281,11 +281,14 @@ def test_pictures_are_of_one_kind(script, files, tmp_path):
         script("picture").main([str(files[1]), str(other), str(tmp_path / "picture.svg")])
 
 
-@pytest.mark.parametrize("subject", ["blocks", "networks", "peers", "training-blocks", "training-networks"])
+@pytest.mark.parametrize(
+    "subject", ["blocks", "networks", "other-networks", "peers", "training-blocks", "training-networks"]
+)
 def test_compare_writes_what_report_reads(script, monkeypatch, tmp_path, capsys, subject):
     compare, report, shapes = script("compare"), script("report"), script("shapes")
     monkeypatch.setattr(shapes, "BLOCKS", [shapes.Shape("net", 8, 8, 5)])
     monkeypatch.setattr(shapes, "NETWORKS", [(0.25, 64)])
+    monkeypatch.setattr(shapes, "OTHER_WHOLE_NETWORKS", [("MobileNetV3 large", 128)])
     monkeypatch.setattr(shapes, "PEER_NETWORKS", [(0.25, 64, 3)])
     monkeypatch.setattr(script("fusedsep.cli._peers"), "PEERS", {"onnxruntime": lambda module, x: lambda: module(x)})
     monkeypatch.setattr(shapes, "TRAINING_NETWORKS", [("MobileNetV1", 0.25, 32, 8)])
@@ -300,6 +303,7 @@ def test_compare_writes_what_report_reads(script, monkeypatch, tmp_path, capsys,
     assert f"{best} channels_last" in capsys.readouterr().out
     name = {
         "networks": "0.25-64",
+        "other-networks": "MobileNetV3 large: 128x128",
         "peers": "0.25-64, batch 3",
         "training-networks": "MobileNetV1: 0.25-32, batch 8",
     }.get(subject, "8 -> 8, 5x5")
