@@ -15,7 +15,7 @@ from ._activations import ACTIVATION_CODES, LAYER_ACTIVATION_CODES, apply_activa
 from ._checks import checked_pads
 from ._fold import scale_and_shift
 from ._ops import ChainLayer
-from ._padding import NO_PADS, Pads, convolution_pads, output_size, pad_map
+from ._padding import NO_PADS, Pads, output_size, pad_map, resolve_padding, sum_of_pads
 
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm
@@ -38,6 +38,7 @@ class Convolution:
         activation: its name.
         modules: all that it stands for, as they are called.
         pads: zeros that are put around the map of the second kind besides its own.
+        own_pads: those that ``conv`` puts around its map.
         carried: ``bn`` applies the activation itself.
     """
 
@@ -47,11 +48,12 @@ class Convolution:
         bn: nn.Module | None,
         activation: str,
         modules: list[nn.Module],
-        pads: Pads | Literal["same"] = NO_PADS,
-        carried: bool = False,
+        pads: Pads | Literal["same"],
+        own_pads: Pads | Literal["same"],
+        carried: bool,
     ) -> None:
         self.conv, self.bn, self.activation, self.modules = conv, bn, activation, modules
-        self.pads, self.carried = pads, carried
+        self.pads, self.own_pads, self.carried = pads, own_pads, carried
         self.is_pointwise = tuple(conv.kernel_size) == (1, 1)
         self.is_depthwise = not self.is_pointwise and conv.groups > 1
 
@@ -88,7 +90,8 @@ class Convolution:
             return [_pixels(self.out_channels, activation)], height, width
         stride, dilation = self.conv.stride[0], self.conv.dilation[0]
         if self.is_depthwise:
-            pads, kernel = convolution_pads(self.conv), self.conv.kernel_size[0]
+            kernel = self.conv.kernel_size[0]
+            pads = resolve_padding(self.own_pads, height, width, stride, dilation, kernel)
             layer = ChainLayer(
                 _ops.DEPTHWISE_MAP, self.out_channels, stride, dilation, *pads, activation, 0, kernel=kernel
             )
@@ -96,7 +99,7 @@ class Convolution:
             if min(height, width, *sizes) < 1:
                 raise ValueError(f"x must hold a {kernel}x{kernel} kernel")
             return [layer], *sizes
-        pads = checked_pads(self.pads, convolution_pads(self.conv), stride, dilation, height, width)
+        pads = checked_pads(sum_of_pads(self.pads, self.own_pads), NO_PADS, stride, dilation, height, width)
         rows = _ops.PATCHES_OF_NCHW if nchw else _ops.PATCHES
         layer = ChainLayer(rows, self.out_channels, stride, dilation, *pads, 0, activation)
         return [layer], *_sizes(layer, height, width)

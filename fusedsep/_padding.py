@@ -55,17 +55,26 @@ def parse_padding(padding: object, argument: str = "padding") -> Pads | Literal[
     return pads
 
 
-def resolve_padding(padding: Pads | Literal["same"], height: int, width: int, stride: int, dilation: int) -> Pads:
-    """The pads of a 3x3 kernel on a ``height`` x ``width`` map.
+def resolve_padding(
+    padding: Pads | Literal["same"], height: int, width: int, stride: int, dilation: int, kernel: int = 3
+) -> Pads:
+    """The pads of a ``kernel`` x ``kernel`` one on a ``height`` x ``width`` map.
 
     ``"same"`` is TensorFlow's rule: the output has ``ceil(size / stride)`` rows or columns, and an odd pad puts
     its extra zero at the right or bottom (``tf.nn.convolution``, padding ``SAME``).
     """
     if padding != "same":
         return padding
-    top, bottom = _same_pads(height, stride, dilation)
-    left, right = _same_pads(width, stride, dilation)
+    top, bottom = _same_pads(height, stride, dilation, kernel)
+    left, right = _same_pads(width, stride, dilation, kernel)
     return Pads(left, right, top, bottom)
+
+
+def sum_of_pads(a: Pads | Literal["same"], b: Pads | Literal["same"]) -> Pads | Literal["same"]:
+    """Both together; ``"same"`` goes with no other padding."""
+    if NO_PADS in (a, b):
+        return a if b == NO_PADS else b
+    return a + b
 
 
 def convolution_pads(conv: nn.Conv2d) -> Pads:
@@ -118,9 +127,9 @@ class SamePad(nn.Module):
         return f"stride={self.stride}, dilation={self.dilation}"
 
 
-def _same_pads(size: int, stride: int, dilation: int) -> tuple[int, int]:
+def _same_pads(size: int, stride: int, dilation: int, kernel: int) -> tuple[int, int]:
     out = -(-size // stride)
-    total = max((out - 1) * stride + 2 * dilation + 1 - size, 0)
+    total = max((out - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
     return total // 2, total - total // 2
 
 

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from chain_models import Plain
+from convolutions import CountingConv, PaddedConv, RoundedWeightConv, SameConv
+from models import pointwise
 from randomize import randomized
 from zoo import assert_as_close_to_float64
 
@@ -62,6 +66,72 @@ def test_zeros_are_absorbed(name, make, chain_calls):
     (chain,) = net.forward.programs[False].sites.values()
     assert len(chain.elements) == 5
     assert "pad(" not in net.forward.programs[False].source
+
+
+#: name -> (first convolution, zeros of its layer for a map of 24 x 25)
+PADDING_ITSELF = {
+    "SAME": (SameConv(3, 8, 3, 2), (1, 1, 0, 1)),
+    "two sides": (PaddedConv(3, 8, 3, 2), (0, 1, 2, 0)),
+    "two sides besides its own": (PaddedConv(3, 8, 3, padding=1), (1, 2, 3, 1)),
+}
+
+
+@pytest.mark.parametrize("name", PADDING_ITSELF)
+@pytest.mark.parametrize("make", [fusedsep.fuse, fusedsep.freeze])
+def test_a_first_convolution_that_pads_itself(name, make, chain_calls):
+    model = Plain()
+    model.stem[0], expected = copy.deepcopy(PADDING_ITSELF[name])
+    model = randomized(model).eval()
+    net = make(model)
+    with torch.no_grad():
+        for size in ((24, 25), (23, 22), (24, 25)):
+            assert_as_close_to_float64(net, model, torch.randn(2, 3, *size))
+    assert first_layers(chain_calls)[-1][4:8] == expected
+    (chain,) = net.forward.programs[False].sites.values()
+    assert len(chain.elements) == 5
+
+
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kind", [SameConv, PaddedConv])
+def test_a_depthwise_convolution_that_pads_itself(kernel, stride, kind, chain_calls):
+    dw = kind(12, 12, kernel, stride, groups=12)
+    model = nn.Sequential(pointwise(4, 12), dw, nn.BatchNorm2d(12), nn.SiLU(), pointwise(12, 5), nn.GELU())
+    model = randomized(model).eval()
+    for make in (fusedsep.fuse, fusedsep.freeze):
+        net = make(model)
+        with torch.no_grad():
+            for size in ((kernel, 9), (14, 15), (15, 14), (32, 31)):
+                chain_calls.clear()
+                assert_as_close_to_float64(net, model, torch.randn(2, 4, *size))
+                assert len(chain_calls) == 1
+            before = net(torch.ones(1, 4, 14, 15))
+            net[1].dilation = (2, 2)
+            assert not torch.equal(before[..., :1, :1], net(torch.ones(1, 4, 14, 15))[..., :1, :1])
+
+
+def test_zeros_in_front_of_same_padding_stay_there(chain_calls):
+    model = PaddedStem(nn.ZeroPad2d(1))
+    model.stem[0] = SameConv(3, 8, 3, 2)
+    model = randomized(model).eval()
+    for make in (fusedsep.fuse, fusedsep.freeze):
+        with torch.no_grad():
+            assert_as_close_to_float64(make(model), model, torch.randn(2, 3, 24, 25))
+    assert [layer[4:8] for layer in first_layers(chain_calls)] == 2 * [(1, 1, 0, 1)]
+
+
+def test_convolutions_with_a_forward_of_their_own_stay(chain_calls):
+    x = torch.randn(2, 3, 24, 25)
+    for conv in (RoundedWeightConv(3, 8, 3, 2), CountingConv(3, 8, 3, 2)):
+        model = Plain()
+        model.stem[0] = conv
+        model = randomized(model).eval()
+        for make in (fusedsep.fuse, fusedsep.freeze):
+            chain_calls.clear()
+            with torch.no_grad():
+                assert_as_close_to_float64(make(model), model, x)
+            (layer,) = first_layers(chain_calls)
+            assert layer.rows == DEPTHWISE
 
 
 @pytest.mark.parametrize("name", KEPT)

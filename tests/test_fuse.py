@@ -50,11 +50,21 @@ def test_every_site_runs_as_one_operation(name, site_calls):
     assert all(torch.equal(value, keys[key]) for key, value in fused.state_dict().items())
 
 
+#: In eval mode, where nobody asks for gradients.
+LAYERS_OF_CHAINS = {
+    "squeeze-excitation",
+    "5x5",
+    "SiLU",
+    "convolution that detaches its weight",
+    "convolution that reverses gradients",
+}
+
+
 @pytest.mark.parametrize("name", LOOK_ALIKES)
 def test_look_alikes_are_left_alone(name):
     model, x, _ = build(LOOK_ALIKES[name])
     fused = fusedsep.fuse(model)
-    if name in ("squeeze-excitation", "5x5", "SiLU"):  # layers of a chain in eval mode
+    if name in LAYERS_OF_CHAINS:
         assert not any(list(sites_of(module)) for module in regenerated(fused))
         fused.train(), model.train()
     else:

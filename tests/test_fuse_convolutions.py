@@ -11,7 +11,14 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from convolutions import NOT_PADDING_ITSELF, PADDING_ITSELF
+from convolutions import (
+    NOT_PADDING_ITSELF,
+    PADDING_ITSELF,
+    CheckedConv,
+    PaddedConv,
+    RoundedWeightConv,
+    SameConv,
+)
 from models import PaddedBlock
 from randomize import randomized
 from zoo import assert_as_close_to_float64
@@ -44,6 +51,32 @@ def block(name):
 @pytest.mark.parametrize("name", PADDING_ITSELF)
 def test_the_rule_is_found(name):
     assert read_padding(PADDING_ITSELF[name](5)) == PADS[name]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dilation", "channels", "groups", "gradients"),
+    [
+        *((3, dilation, (channels, 32), 1, False) for dilation in (1, 2) for channels in (1, 3, 8)),
+        *((*kernel, (6, 6), 6, gradients) for kernel in ((3, 2), (5, 1), (5, 2), (7, 1)) for gradients in (0, 1)),
+    ],
+)
+def test_the_rule_of_other_convolutions(kernel, dilation, channels, groups, gradients):
+    def made(kind, stride=1, **options):
+        conv = kind(*channels, kernel, stride, dilation=dilation, groups=groups, **options)
+        return read_padding(conv, gradients)
+
+    total = (kernel - 1) * dilation
+    assert made(CheckedConv, 2, padding=kernel // 2) == 4 * (kernel // 2,)
+    assert made(PaddedConv) == (0, 1, 2, 0)
+    assert made(SameConv) == 2 * (total // 2, total - total // 2)
+    assert made(SameConv, 2) == "same"
+    with pytest.raises(PaddingUnknown):
+        made(RoundedWeightConv)
+
+
+def test_convolutions_of_many_taps_are_not_tried():
+    with pytest.raises(PaddingUnknown, match="too many taps"):
+        read_padding(SameConv(16, 8, 3))
 
 
 @pytest.mark.parametrize("name", PADDING_ITSELF)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -29,14 +30,16 @@ class PaddingUnknown(Exception):
     """The reason why a forward is not known to be a convolution of a zero-padded map."""
 
 
-def read_padding(conv: nn.Conv2d) -> Pads | Literal["same"]:
-    """All the zeros that the forward of ``conv``, a depthwise 3x3 convolution, puts around its map.
+def read_padding(conv: nn.Conv2d, gradients: bool = True) -> Pads | Literal["same"]:
+    """All the zeros that the forward of ``conv`` puts around its map.
+
+    ``conv`` has a square kernel, one stride and one dilation for both directions.
 
     In the mode that ``conv`` is in, that forward must be equivalent to::
 
         F.conv2d(F.pad(x, pads), conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
 
-    with the same ``pads`` for every map, or with those of TensorFlow's SAME.
+    with the same ``pads`` for every map, or with those of TensorFlow's SAME; ``gradients`` asks for equal ones too.
 
     Raises:
         PaddingUnknown: it is anything else, or cannot be tried.
@@ -44,7 +47,7 @@ def read_padding(conv: nn.Conv2d) -> Pads | Literal["same"]:
     try:
         # Nothing of the caller's modes or random numbers takes part.
         with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
-            return _Trial(conv).padding()
+            return _Trial(conv).padding(gradients)
     except PaddingUnknown:
         raise
     except Exception as error:  # whatever the copying or the forward raises
@@ -60,16 +63,22 @@ class _Trial:
         if any(has_hooks(module) for module in conv.modules() if module is not conv):
             raise PaddingUnknown("has hooks inside")
         self._generator = torch.Generator().manual_seed(0)
+        # With maps of 7 bits no sum of the forward has more than 24. Fewer than 10 would not show rounded weights.
+        terms = conv.kernel_size[0] * conv.kernel_size[1] * conv.in_channels // conv.groups
+        self._bits_of_weights = min(11, 24 - 7 - math.ceil(math.log2(terms)))
+        if self._bits_of_weights < 10:
+            raise PaddingUnknown("has too many taps to be tried in exact numbers")
         self._conv = copy.deepcopy(conv).to("cpu", torch.float32).requires_grad_()
         self._numbers = [*self._conv.parameters(), *self._conv.buffers()]
         with torch.no_grad():
             for tensor in self._numbers:
                 if tensor.is_floating_point():
-                    tensor.copy_(self._random(tensor.shape, bits=11))
+                    tensor.copy_(self._random(tensor.shape, bits=self._bits_of_weights))
         self._stride: int = conv.stride[0]
         self._dilation: int = conv.dilation[0]
+        self._kernel: int = conv.kernel_size[0]
 
-    def padding(self) -> Pads | Literal["same"]:
+    def padding(self, gradients: bool) -> Pads | Literal["same"]:
         """What :func:`read_padding` says."""
         attributes = {module: attributes_of(module) for module in self._conv.modules()}
         numbers = [tensor.clone() for tensor in self._numbers]
@@ -84,7 +93,7 @@ class _Trial:
             raise PaddingUnknown("writes attributes")
         if not all(map(torch.equal, numbers, self._numbers)):
             raise PaddingUnknown("writes parameters or buffers")
-        if rule is None or not self._explains_gradients(rule):
+        if rule is None or (gradients and not self._explains_gradients(rule)):
             raise PaddingUnknown("is not a convolution of the map with zeros around it")
         return rule
 
@@ -99,7 +108,7 @@ class _Trial:
 
     def _maps(self) -> Iterator[torch.Tensor]:
         """A map of each size; small and large values, since a forward may clamp them."""
-        grow = 2 * (self._dilation - 1)
+        grow = (self._kernel - 1) * self._dilation - 2  # beyond 3x3 taps side by side
         sizes = dict.fromkeys([*_SIZES, *((height + grow, width + grow) for height, width in _SIZES)])
         for index, (height, width) in enumerate(sizes):
             yield self._map(height, width, exponent=index % 8 - 3)
@@ -124,13 +133,13 @@ class _Trial:
 
     def _constant_pads(self) -> Iterator[Pads]:
         """The pads of at most one kernel that explain one map; several where the stride cuts a row or column off."""
-        stride, extent, conv = self._stride, 2 * self._dilation + 1, self._conv
+        stride, extent, conv = self._stride, (self._kernel - 1) * self._dilation + 1, self._conv
         x = self._map(2 * extent + 1, 2 * extent + 2)
         y = self._run(x)
         height, width = x.shape[-2:]
         rows, columns = y.shape[-2:]
         bias = None if conv.bias is None else conv.bias[:1]
-        everywhere = F.conv2d(x[:, :1], conv.weight[:1], bias, 1, extent, conv.dilation)
+        everywhere = F.conv2d(x[:, : conv.weight.shape[1]], conv.weight[:1], bias, 1, extent, conv.dilation)
         for top, left in itertools.product(range(extent + 1), repeat=2):
             window = everywhere[:, :, extent - top :: stride, extent - left :: stride][:, :, :rows, :columns]
             if torch.equal(window, y[:, :1]):
@@ -143,16 +152,18 @@ class _Trial:
 
     def _explains(self, padding: Pads | Literal["same"], x: torch.Tensor, y: torch.Tensor | None) -> bool:
         height, width = x.shape[-2:]
-        pads = resolve_padding(padding, height, width, self._stride, self._dilation)
-        rows = output_size(height, pads.top, pads.bottom, self._stride, self._dilation)
-        columns = output_size(width, pads.left, pads.right, self._stride, self._dilation)
+        geometry = self._stride, self._dilation, self._kernel
+        pads = resolve_padding(padding, height, width, *geometry)
+        rows = output_size(height, pads.top, pads.bottom, *geometry)
+        columns = output_size(width, pads.left, pads.right, *geometry)
         if min(rows, columns) < 1:
             return y is None
         return y is not None and torch.equal(y, self._convolve(x, pads))
 
     def _explains_gradients(self, padding: Pads | Literal["same"]) -> bool:
-        x = self._map(2 * self._dilation + 7, 2 * self._dilation + 8)
-        pads = resolve_padding(padding, *x.shape[-2:], self._stride, self._dilation)
+        reach = (self._kernel - 1) * self._dilation
+        x = self._map(reach + 7, reach + 8)
+        pads = resolve_padding(padding, *x.shape[-2:], self._stride, self._dilation, self._kernel)
         expected = self._gradients(lambda x: self._convolve(x, pads), x)
         return all(map(torch.equal, self._gradients(self._run, x), expected))
 

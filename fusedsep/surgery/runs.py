@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -13,17 +13,18 @@ import torch.nn.functional as F
 from torch import fx
 
 from .._chain_elements import Classifier, Convolution, Element, FrozenSite, GatedConvolution, Site
-from .._compat import is_plain_convolution
+from .._compat import is_patched_convolution, is_plain_convolution
 from .._frozen import FrozenSeparable
-from .._padding import NO_PADS, Pads, pad_map
+from .._padding import NO_PADS, Pads, convolution_pads, pad_map, sum_of_pads
 from .activations import activation_of_function, activation_of_module, composed_activation, multiplies
 from .analysis import is_block
 from .batch_norms import NotABatchNorm, is_batch_norm, read_batch_norm
+from .convolutions import PaddingUnknown, read_padding
 from .dropouts import call_passes_on, passes_on
 from .gates import gate_behind
 from .heads import head_behind, only_reader
 from .program import FusedSite
-from .sites import input_of, is_first_convolution, is_plain_pointwise, sum_of_pads, zero_pads
+from .sites import input_of, is_first_convolution, is_plain_pointwise, zero_pads
 
 _ADD = {operator.add, torch.add, "add"}
 _ADD_IN_PLACE = {operator.iadd, "add_"}
@@ -197,7 +198,7 @@ class Run:
         if node.all_input_nodes != [source]:
             return False
         if not isinstance(target, FusedSite) and (module is None or not is_block(module)):
-            fits = is_plain_pointwise(module) or is_plain_depthwise(module)
+            fits = is_plain_pointwise(module) or is_depthwise_map(module)
             return fits and self._take_convolution([node], module, NO_PADS)
         if isinstance(target, FusedSite):
             site, key, separable, modules = target, target.dw, target.separable, target.modules
@@ -249,18 +250,21 @@ class Run:
         conv = None if reader is None else self._module(reader)
         if not is_plain_pointwise(conv) or conv.in_channels != self._channels:
             return False
-        project, nodes = self._read_convolution([reader], conv, NO_PADS)
+        project, nodes = self._read_convolution([reader], conv, NO_PADS, NO_PADS)
         element = GatedConvolution(
             gate.reduce, gate.activation, gate.expand, gate.gate_activation, project, self._modules_of(inner)
         )
         return self._take(lambda frozen: element, [*inner, *nodes], conv.out_channels)
 
     def _take_convolution(self, nodes: list[fx.Node], conv: nn.Conv2d, pads: Pads | str) -> bool:
-        element, nodes = self._read_convolution(nodes, conv, pads)
+        own = own_pads(conv)
+        if own is None or ("same" in (pads, own) and NO_PADS not in (pads, own)):
+            return False
+        element, nodes = self._read_convolution(nodes, conv, pads, own)
         return self._take(lambda frozen: element, nodes, conv.out_channels, is_depthwise=element.is_depthwise)
 
     def _read_convolution(
-        self, nodes: list[fx.Node], conv: nn.Conv2d, pads: Pads | str
+        self, nodes: list[fx.Node], conv: nn.Conv2d, pads: Pads | str, own: Pads | str
     ) -> tuple[Convolution, list[fx.Node]]:
         """``conv`` at the end of ``nodes``, with a BN and an activation behind it, and all nodes."""
         bn: nn.Module | None = None
@@ -294,14 +298,25 @@ class Run:
                     break
                 activation = found
             nodes = list(pending)
-        return Convolution(conv, bn, activation, self._modules_of(nodes), pads, carried), nodes
+        return Convolution(conv, bn, activation, self._modules_of(nodes), pads, own, carried), nodes
 
 
-def is_plain_depthwise(conv: nn.Module | None) -> bool:
-    """Whether the kernel of a depthwise convolution by itself does what ``conv`` does."""
+def own_pads(conv: nn.Conv2d) -> Pads | Literal["same"] | None:
+    """The zeros that ``conv`` puts around its map; ``None`` if its forward is no convolution of a padded map."""
+    if is_plain_convolution(conv):
+        return convolution_pads(conv)
+    if is_patched_convolution(conv):
+        return None
+    try:
+        return read_padding(conv, gradients=False)  # chains have none
+    except PaddingUnknown:
+        return None
+
+
+def is_depthwise_map(conv: nn.Module | None) -> bool:
+    """Whether there is a kernel for ``conv``, a depthwise convolution by itself, whatever its forward does besides."""
     return (
         isinstance(conv, nn.Conv2d)
-        and is_plain_convolution(conv)
         and conv.groups == conv.in_channels == conv.out_channels > 1
         and conv.kernel_size[0] == conv.kernel_size[1] in (3, 5, 7)
         and conv.stride[0] == conv.stride[1] <= 2

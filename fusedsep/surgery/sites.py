@@ -13,7 +13,7 @@ from torch import fx
 
 from .._activations import ACTIVATION_CODES
 from .._compat import is_patched_convolution, is_plain_convolution
-from .._padding import NO_PADS, Pads, convolution_pads, pad_map
+from .._padding import NO_PADS, Pads, convolution_pads, pad_map, sum_of_pads
 from .._structure import why_not_depthwise, why_not_pointwise
 from .activations import activation_of_function, activation_of_module, arguments_of, composed_hardswish
 from .batch_norms import NotABatchNorm, is_batch_norm, read_batch_norm
@@ -118,7 +118,7 @@ def _convolution_chains(
         if node.op != "call_module" or node in covered or input_of(node) is None:
             continue
         module = modules[node.target]
-        fits = is_plain_pointwise(module) or is_first_convolution(module)
+        fits = is_plain_pointwise(module) or (is_first_convolution(module) and is_plain_convolution(module))
         if not fits or node.all_input_nodes != [input_of(node)]:
             continue
         chain = ConvolutionChain(node)
@@ -155,10 +155,9 @@ def is_plain_pointwise(module: nn.Module | None) -> bool:
 
 
 def is_first_convolution(conv: nn.Module | None) -> bool:
-    """Whether ``conv`` is a 3x3 convolution of few channels that the kernels run, and runs torch's own forward."""
+    """Whether ``conv`` is a 3x3 convolution of few channels that the kernels run, whatever its forward does besides."""
     return (
         isinstance(conv, nn.Conv2d)
-        and is_plain_convolution(conv)
         and tuple(conv.kernel_size) == (3, 3)
         and conv.groups == 1
         and conv.in_channels <= _MOST_CHANNELS
@@ -290,13 +289,6 @@ def _absorb_padding(chain: Chain, conv: nn.Conv2d, modules: dict[str, nn.Module]
             chain.nodes[:0] = passed_on
             passed_on = []
         current = source
-
-
-def sum_of_pads(a: Pads | Literal["same"], b: Pads | Literal["same"]) -> Pads | Literal["same"]:
-    """Both together; ``"same"`` goes with no other padding."""
-    if NO_PADS in (a, b):
-        return a if b == NO_PADS else b
-    return a + b
 
 
 def zero_pads(node: fx.Node, conv: nn.Conv2d, modules: dict[str, nn.Module]) -> Pads | Literal["same"] | None:
