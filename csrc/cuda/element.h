@@ -152,8 +152,9 @@ FUSEDSEP_DEVICE float activation_gradient(Activation activation, float x, float 
       return x > 0 && x < 6 ? g : 0.0f;
     case Activation::kHardswish:
       return x > -3 ? (x < 3 ? g * fmaf(x, 1.0f / 3, 0.5f) : g) : 0.0f;
+    default:  // those that chains alone have
+      return g;
   }
-  return g;
 }
 
 }  // namespace cuda
