@@ -7,6 +7,7 @@
 
 #include "depthwise-inl.h"
 #include "forward.h"
+#include "moments-inl.h"
 #include "product-inl.h"
 
 namespace fusedsep::cuda {
@@ -19,10 +20,34 @@ FUSEDSEP_DEVICE void clear_tails(unsigned char* rows, int pitch, int begin, int 
   }
 }
 
-// How a kernel reads and writes: kVectors says that x is read in whole vectors (channels_last alone).
-template <class S, bool kFused, bool kVectors, bool kTensorCores, typename T>
+// The pixels of a thread in the statistics of a tile: it has one column of it.
+template <class S>
+constexpr int kMomentPixels = S::kPixels * S::kColumns / S::kThreads;
+
+// Statistics of a tile of y that lies in shared memory, `row_step` and `column_step` elements between pixels and
+// columns: those of run r of kMomentPixels pixels and of a channel to moments[r][0] (means) and [r][1] (squared
+// differences).
+template <class S, typename T>
+FUSEDSEP_DEVICE void tile_moments(const T* tile, int row_step, int column_step, int64_t first_pixel, int64_t pixels,
+                                  int64_t first_column, int64_t padded_channels, double* moments) {
+  const int column = int(threadIdx.x) % S::kColumns, first_row = int(threadIdx.x) / S::kColumns * kMomentPixels<S>;
+  const int64_t channel = first_column + column, left = pixels - (first_pixel + first_row);
+  if (channel >= padded_channels || left <= 0) return;
+  const int rows = left < kMomentPixels<S> ? int(left) : kMomentPixels<S>;
+  const T* value = tile + first_row * row_step + column * column_step;
+  Moments<1> own;
+#pragma unroll 1
+  for (int row = 0; row < rows; ++row, value += row_step) own.add({to_float(*value)});
+  moments += (first_pixel + first_row) / kMomentPixels<S> * 2 * padded_channels + channel;
+  moments[0] = double(own.first[0]) + double(own.mean[0]);
+  moments[padded_channels] = double(own.squares[0]);
+}
+
+// How a kernel reads and writes: kVectors says that x is read in whole vectors (channels_last alone), kMoments that it
+// leaves statistics of y.
+template <class S, bool kFused, bool kVectors, bool kTensorCores, bool kMoments, typename T>
 __global__ void __launch_bounds__(S::kThreads, kBlocks<S, T>)
-    product_kernel(SeparableParams<T> p, const T* h, int64_t slices, bool y_vectors) {
+    product_kernel(SeparableParams<T> p, const T* h, int64_t slices, bool y_vectors, double* moments) {
   FUSEDSEP_SHARED(shared);
   using Layout = SharedLayout<S, T>;
   const auto weights = packed_at<const T>(p.packed, p.in_channels, p.out_channels);
@@ -74,6 +99,9 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks<S, T>)
       for (int j = 0; j < kOwn; ++j) y[row * row_step + product.own(j) * column_step] = from_float<T>(sums[j]);
     });
     __syncthreads();
+    if constexpr (kMoments) {
+      tile_moments<S>(y, row_step, column_step, first_pixel, pixels, first_column, weights.out_padded, moments);
+    }
     write_tile<S>(y, pitch, p, y_vectors, first_pixel, first_column);
     __syncthreads();
   }
@@ -148,25 +176,32 @@ void separable_forward(const SeparableParams<T>& p, const Plan& plan, const Devi
     using S = decltype(shape);
     const int64_t tiles = ceil_div(p.out_channels, S::kColumns);
     const int64_t slices = plan.fused ? std::min(plan.slices, tiles) : tiles;
-    launch(plan.fused ? product_kernel<S, true, kVectors, kTensorCores, T>
-                      : product_kernel<S, false, false, kTensorCores, T>,
+    launch(plan.fused ? product_kernel<S, true, kVectors, kTensorCores, false, T>
+                      : product_kernel<S, false, false, kTensorCores, false, T>,
            ceil_div(pixels, S::kPixels) * slices, S::kThreads,
            SharedLayout<S, T>::size(plan.fused, padded(p.in_channels)), stream, p, scratch, slices,
-           has_vectors(p.y, p.out_channels, map_pixels, p.channels_last));
+           has_vectors(p.y, p.out_channels, map_pixels, p.channels_last), static_cast<double*>(nullptr));
   });
 }
 
 template <typename T>
-void multiply_rows(const SeparableParams<T>& p, const T* rows, const Device& device, Stream stream) {
+void multiply_rows(const SeparableParams<T>& p, const T* rows, double* moments, const Device& device, Stream stream) {
   const int64_t map_pixels = p.out_height * p.out_width, pixels = p.batch * map_pixels;
   constexpr bool kTensorCores = sizeof(T) == 2;
   with_shape(choose_shape_for_rows(p, kTensorCores, device), [&](auto shape) {
     using S = decltype(shape);
     const int64_t tiles = ceil_div(p.out_channels, S::kColumns);
-    launch(product_kernel<S, false, false, kTensorCores, T>, ceil_div(pixels, S::kPixels) * tiles, S::kThreads,
-           SharedLayout<S, T>::size(false, padded(p.in_channels)), stream, p, rows, tiles,
-           has_vectors(p.y, p.out_channels, map_pixels, p.channels_last));
+    launch(moments == nullptr ? product_kernel<S, false, false, kTensorCores, false, T>
+                              : product_kernel<S, false, false, kTensorCores, true, T>,
+           ceil_div(pixels, S::kPixels) * tiles, S::kThreads, SharedLayout<S, T>::size(false, padded(p.in_channels)),
+           stream, p, rows, tiles, has_vectors(p.y, p.out_channels, map_pixels, p.channels_last), moments);
   });
+}
+
+template <typename T>
+int64_t moment_pixels(const SeparableParams<T>& p, const Device& device) {
+  return with_shape(choose_shape_for_rows(p, sizeof(T) == 2, device),
+                    [](auto shape) { return int64_t(kMomentPixels<decltype(shape)>); });
 }
 
 template <typename T>

@@ -59,8 +59,13 @@ template <typename T>
 void separable_forward(const SeparableParams<T>& params, const Plan& plan, bool allow_tf32, const Device& device,
                        T* scratch, Stream stream);
 
-// The product of an unfused forward alone: y of h in rows of padded(params.in_channels) elements; x is not read.
+// The product of an unfused forward alone: y of h in rows of padded(params.in_channels) elements; x is not read. Unless
+// `moments` is null, it gets the means of each run of moment_pixels() pixels and the squared differences from them:
+// [run][2][padded out_channels].
 template <typename T>
-void multiply_rows(const SeparableParams<T>& params, const T* rows, const Device& device, Stream stream);
+void multiply_rows(const SeparableParams<T>& params, const T* rows, double* moments, const Device& device,
+                   Stream stream);
+template <typename T>
+int64_t moment_pixels(const SeparableParams<T>& params, const Device& device);
 
 }  // namespace fusedsep::cuda

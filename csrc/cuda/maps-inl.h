@@ -1,28 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The passes of training over p and what surrounds it: its statistics, y, the sums of the backward, and gp as rows.
+// The passes of training over p and what surrounds it: y, the sums of the backward, and gp as rows.
 #pragma once
 
 #include "depthwise-training-inl.h"
 
 namespace fusedsep::cuda {
-
-template <Reading kReading, typename T>
-__global__ void __launch_bounds__(kColumnThreads)
-    product_statistics_kernel(SeparableParams<T> conv, Columns columns, double* sums) {
-  FUSEDSEP_SHARED(shared);
-  constexpr int kGroup = ColumnShape<kReading>::kGroup;
-  const ColumnThread<kReading> thread(columns);
-  const int channel = thread.channel();
-  const auto group = group_of<kReading>(conv, conv.out_channels, channel);
-  Moments<kGroup> moments;
-  thread.each_pixel(conv, [&](const PixelWalk<T>& walk) {
-    float p[kGroup];
-    group.load(conv.y + place_of(walk, conv.out_channels, channel), true, p);
-    moments.add(p);
-  });
-  reduce_moments(thread, shared, moments, sums);
-}
 
 // y = act((p - center) * scale + shift). Where `code` is not null it holds the code of the activation, a negative one
 // for y = p.

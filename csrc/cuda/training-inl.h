@@ -77,15 +77,10 @@ MomentsOf depthwise_statistics(const SeparableParams<T>& conv, double* sums, Str
   });
 }
 
+// What the product leaves statistics of p in.
 template <typename T>
-MomentsOf product_statistics(const SeparableParams<T>& conv, double* sums, Stream stream) {
-  return with_reading<T>(conv.channels_last, conv.out_channels, {conv.y}, [&](auto reading) {
-    constexpr Reading kReading = reading;
-    const Columns columns = columns_of<kReading>(output_pixels(conv), conv.out_channels);
-    launch_columns<kReading>(product_statistics_kernel<kReading, T>, columns, kMomentsBytes<kReading>, stream, conv,
-                             columns, sums);
-    return merge_moments(columns, sums, stream);
-  });
+Columns product_columns(const SeparableParams<T>& conv, const Device& device) {
+  return {output_pixels(conv), conv.out_channels, moment_pixels(conv, device)};
 }
 
 template <typename T>
@@ -130,7 +125,7 @@ void pointwise_backward(const TrainingParams<T>& p, const T* pw_weight, const T*
   SeparableParams<T> transposed = p.conv;
   transposed.in_channels = out_channels, transposed.out_channels = in_channels;
   transposed.packed = packed, transposed.y = p.g1;
-  multiply_rows(transposed, gp, device, stream);
+  multiply_rows(transposed, gp, nullptr, device, stream);
 }
 
 template <typename T>
@@ -196,26 +191,28 @@ struct ForwardScratch {
   T* h;
   int64_t bytes;
 
-  ForwardScratch(const TrainingParams<T>& p, void* memory) {
+  ForwardScratch(const TrainingParams<T>& p, const Device& device, void* memory) {
     Scratch scratch(memory);
     const int64_t in_channels = p.conv.in_channels, out_channels = p.conv.out_channels;
     norm1 = scratch.rows(in_channels), norm2 = scratch.rows(out_channels);
     packed = scratch.take<float>(Packed<T>::size(in_channels, out_channels));
-    sums = scratch.take<double>(pass_doubles(output_pixels(p.conv), std::max(in_channels, out_channels), 2));
+    sums =
+        scratch.take<double>(std::max(pass_doubles(output_pixels(p.conv), in_channels, 2),
+                                      slot_doubles(product_columns(p.conv, device).slots(), 2 * padded(out_channels))));
     h = scratch.take<T>(output_pixels(p.conv) * padded(in_channels));
     bytes = scratch.used();
   }
 };
 
 template <typename T>
-int64_t forward_scratch_bytes(const TrainingParams<T>& p) {
-  return ForwardScratch<T>(p, nullptr).bytes;
+int64_t forward_scratch_bytes(const TrainingParams<T>& p, const Device& device) {
+  return ForwardScratch<T>(p, device, nullptr).bytes;
 }
 
 template <typename T>
 void training_forward(const TrainingParams<T>& params, const TrainingModules<T>& modules, float* normalization,
                       const Device& device, void* memory, Stream stream) {
-  const ForwardScratch<T> scratch(params, memory);
+  const ForwardScratch<T> scratch(params, device, memory);
   TrainingParams<T> p = params;
   const auto taken = [](const TrainingNorm<T>& norm, auto&& measure) {
     return norm.statistics == Statistics::kBatch ? std::optional<MomentsOf>(measure()) : std::nullopt;
@@ -226,8 +223,10 @@ void training_forward(const TrainingParams<T>& params, const TrainingModules<T>&
   set_norm(modules.norm1, moments1, scratch.norm1, nullptr, p.activation, stream);
   p.affine1 = scratch.norm1.affine();
   hidden_rows(p, scratch.h, stream);
-  multiply_rows(p.conv, scratch.h, device, stream);
-  const auto moments2 = taken(modules.norm2, [&] { return product_statistics(p.conv, scratch.sums, stream); });
+  const bool takes2 = modules.norm2.statistics == Statistics::kBatch;
+  multiply_rows(p.conv, scratch.h, takes2 ? scratch.sums : nullptr, device, stream);
+  const auto moments2 =
+      taken(modules.norm2, [&] { return merge_moments(product_columns(p.conv, device), scratch.sums, stream); });
   set_norm(modules.norm2, moments2, scratch.norm2, normalization, p.pointwise_activation, stream);
   normalize_product(p.conv, scratch.norm2.affine(), p.pointwise_activation, nullptr, p.y, stream);
 }

@@ -4,7 +4,7 @@
 namespace fusedsep::cuda {
 
 #define FUSEDSEP_TRAINING(T)                                                                                        \
-  template int64_t forward_scratch_bytes(const TrainingParams<T>&);                                                 \
+  template int64_t forward_scratch_bytes(const TrainingParams<T>&, const Device&);                                  \
   template int64_t backward_scratch_bytes(const TrainingParams<T>&, bool, const Device&);                           \
   template void training_forward(const TrainingParams<T>&, const TrainingModules<T>&, float*, const Device&, void*, \
                                  Stream);                                                                           \

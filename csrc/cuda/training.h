@@ -8,9 +8,10 @@
 //           input of a block that is kept as a product (x_normalization) is formed once a call.
 // Sums      Over n: a thread adds up at most kThreadPixels values of a channel in float (for the pointwise weights: the
 //           pixels of one split), everything above is added up in double, in the order of pixels. Statistics are sums
-//           of distances from the first value of a thread, by Welford's formula, and merged by Chan's. There are no
-//           atomic operations, and neither the split nor the order depends on anything but sizes and, for the pointwise
-//           weights, the shared memory of a processor: results are the same from run to run.
+//           of distances from the first value of a thread, by Welford's formula, and merged by Chan's; those of p come
+//           from the product itself, while a tile of it is in shared memory. There are no atomic operations, and
+//           neither the split nor the order depends on anything but sizes and, for the pointwise weights and the
+//           statistics of p, the processor: results are the same from run to run.
 // Types     Values a channel and statistics are float, also of 16-bit maps.
 // Float32   Products are exact: TF32 is not used.
 #pragma once
@@ -45,7 +46,7 @@ struct Gradients {
 
 // Bytes of memory that a call needs meanwhile, aligned to 256.
 template <typename T>
-int64_t forward_scratch_bytes(const TrainingParams<T>& params);
+int64_t forward_scratch_bytes(const TrainingParams<T>& params, const Device& device);
 template <typename T>
 int64_t backward_scratch_bytes(const TrainingParams<T>& params, bool forms_x, const Device& device);
 

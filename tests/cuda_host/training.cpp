@@ -86,7 +86,7 @@ int training_forward(int type, void* const* maps, const void* const* operands, f
     params.conv.x = static_cast<const T*>(maps[0]);
     params.conv.y = static_cast<T*>(maps[1]);
     params.y = static_cast<T*>(maps[2]);
-    Poisoned scratch(cuda::forward_scratch_bytes(params));
+    Poisoned scratch(cuda::forward_scratch_bytes(params, numbers.device()));
     cuda::training_forward(params, numbers.modules<T>(operands, statistics), normalization, numbers.device(),
                            scratch.get(), nullptr);
   });

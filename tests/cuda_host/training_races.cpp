@@ -34,8 +34,8 @@ void step(bool channels_last, int64_t in_channels) {
   };
   const cuda::TrainingModules<T> modules{taps.data(), product.data(), norm(0, in_channels), norm(1, kOut)};
   const cuda::Device device{1, 64 * 1024};
-  std::vector<unsigned char> scratch(
-      size_t(std::max(cuda::forward_scratch_bytes(params), cuda::backward_scratch_bytes(params, true, device)) + 256));
+  std::vector<unsigned char> scratch(size_t(
+      std::max(cuda::forward_scratch_bytes(params, device), cuda::backward_scratch_bytes(params, true, device)) + 256));
   unsigned char* const aligned = scratch.data() + (256 - reinterpret_cast<uintptr_t>(scratch.data()) % 256) % 256;
   cuda::training_forward(params, modules, normalization.data(), device, aligned, nullptr);
   T* const value = values.data();

@@ -75,12 +75,13 @@ Seven separable_conv2d_training(const Tensor& x, const Tensor& dw_weight, const 
     TrainingParams<T> params = call.params<T>(data_of<const T>(x), activation, pointwise_activation, channels_last);
     params.conv.y = data_of<T>(p);
     params.y = data_of<T>(y);
-    Tensor scratch = scratch_of(cuda::forward_scratch_bytes(params), place);
+    const cuda::Device device = cuda::device_of(place.index);
+    Tensor scratch = scratch_of(cuda::forward_scratch_bytes(params, device), place);
     cuda::training_forward(params,
                            modules_of<T>(modules, call, data_of<float>(mean1), data_of<float>(var1),
                                          data_of<float>(mean2), data_of<float>(var2)),
-                           normalization.mutable_data_ptr<float>(), cuda::device_of(place.index),
-                           scratch.mutable_data_ptr(), cuda::current_stream(place.index));
+                           normalization.mutable_data_ptr<float>(), device, scratch.mutable_data_ptr(),
+                           cuda::current_stream(place.index));
     return {y, p, mean1, var1, mean2, var2, normalization};
   });
 }
