@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import threading
 
@@ -82,9 +83,12 @@ def test_threads_that_end_give_their_scratch_back():
             thread.join()
 
     in_fresh_threads(20)
-    before = resident_bytes()
-    in_fresh_threads(100)
-    assert resident_bytes() - before < 20 * 128 * KIB  # 100 leaked tiles would take five times as much
+    sizes = [resident_bytes()]
+    for _ in range(3):
+        in_fresh_threads(100)
+        sizes.append(resident_bytes())
+    # 100 leaked tiles would take five times as much each time; once the allocator of an old process may take more.
+    assert min(after - before for before, after in itertools.pairwise(sizes)) < 20 * 128 * KIB
 
 
 def resident_bytes() -> int:
