@@ -132,7 +132,7 @@ class Subject:
         self._prepare()
         self.gflop = self.gflop_per_mult_add * fusedsep.complexity(module, tuple(inputs[0].shape)).mult_adds
         report = fusedsep.fusion_report(module)
-        if self.is_all_sites and (report.skipped or not report.fused):
+        if self.is_all_sites and (report.chained or report.skipped or not report.fused):
             raise RuntimeError(f"{network} {name} would be timed in part unfused:\n{report}")
         self._exact = self._eager("NCHW", torch.float64)
         self._torchs = {memory_format: self._eager(memory_format) for memory_format in FORMATS}

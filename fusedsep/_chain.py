@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from . import _C, _compat, _kernel_path, _ops
-from ._chain_elements import Classifier, Convolution, Element, FrozenSite, Place, tensors_at
+from ._chain_elements import Classifier, Convolution, Element, FrozenSite, Place, depthwise_of, tensors_at
 from ._ops import ChainLayer
 
 
@@ -49,6 +49,10 @@ class LayerChain:
     def norms(self) -> list[nn.Module]:
         """BNs that may be in another mode than the owner: none."""
         return []
+
+    def depthwise(self) -> list[nn.Conv2d]:
+        """The depthwise convolutions that are layers by themselves, among others."""
+        return depthwise_of(self.elements) if len(self.elements) > 1 else []
 
     def read(self) -> list[nn.Module]:
         """Modules that this depends on to be as they were found: all."""

@@ -286,6 +286,11 @@ class Classifier:
 Element = Convolution | Site | FrozenSite | GatedConvolution | Classifier
 
 
+def depthwise_of(elements: list[Element]) -> list[nn.Conv2d]:
+    """Their convolutions that are depthwise by themselves."""
+    return [element.conv for element in elements if isinstance(element, Convolution) and element.is_depthwise]
+
+
 def tensors_at(places: list[Place]) -> list[torch.Tensor | None]:
     """What is there; ``None`` also where there is no such name, as in a parametrized module."""
     return [attributes[kind].get(name) for attributes, kind, name in places]

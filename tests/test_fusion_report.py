@@ -33,7 +33,7 @@ def test_reasons_of_look_alikes(name):
     model, _, reason = build(LOOK_ALIKES[name])
     report = fusedsep.fusion_report(model)
     assert not report.fused
-    (skipped,) = report.skipped
+    (skipped,) = report.skipped + report.chained
     assert isinstance(model.get_submodule(skipped.name), nn.Conv2d)
     assert re.search(reason, skipped.reason)
 
@@ -49,9 +49,15 @@ def test_names_and_chains():
 def test_table():
     model = nn.Sequential(chain(nn.ReLU()), pointwise(6, 4), chain(nn.SiLU()))
     assert str(fusedsep.fusion_report(model)) == (
+        "1 of 2 depthwise convolutions fused, 1 more in chains in eval mode\n"
+        "  fused    0.0  depthwise + BN, relu, pointwise + BN, none\n"
+        "  chained  2.0  SiLU (2.2) between depthwise and pointwise"
+    )
+    model[2][0].padding_mode = "reflect"
+    assert str(fusedsep.fusion_report(model)) == (
         "1 of 2 depthwise convolutions fused\n"
         "  fused    0.0  depthwise + BN, relu, pointwise + BN, none\n"
-        "  skipped  2.0  SiLU (2.2) between depthwise and pointwise"
+        "  skipped  2.0  padding mode 'reflect'"
     )
     assert str(fusedsep.fusion_report(nn.ReLU())) == "0 of 0 depthwise convolutions fused"
 
@@ -63,7 +69,7 @@ def test_all_blocks_of_our_own_network():
 def test_order_of_the_extreme_inception():
     report = fusedsep.fusion_report(ExtremeInception())
     assert names(report.fused) == ["first.2"]
-    (last,) = report.skipped
+    (last,) = report.chained
     assert last.name == "second.2"
     assert 'pointwise -> depthwise, the order of the "extreme Inception"' in last.reason
 

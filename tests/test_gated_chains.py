@@ -81,6 +81,24 @@ def test_efficientnet_is_one_call(chain_calls):
     assert_chains(EfficientNet(), torch.randn(2, 3, 33, 36), chain_calls, [expected])
 
 
+def test_the_report_names_layers_of_chains():
+    model = EfficientNet()
+    report = fusedsep.fusion_report(model)
+    assert [site.name for site in report.chained] == [f"blocks.{i}.conv_dw" for i in range(3)]
+    assert report.fused == report.skipped == []
+    assert str(report).startswith(
+        "0 of 3 depthwise convolutions fused, 3 more in chains in eval mode\n  chained  blocks.0"
+    )
+    fused = fusedsep.fuse(model)
+    assert fusedsep.fusion_report(fused) == report
+    assert fusedsep.fusion_report(fused.eval()) == report
+    assert fusedsep.fusion_report(fusedsep.freeze(model.eval())) == report
+    mixed = nn.Sequential(MobileNetV3Block(4), MobileNetV3Block(4, 5, excite=True)).eval()
+    for net in (mixed, fusedsep.fuse(mixed), fusedsep.freeze(mixed)):
+        report = fusedsep.fusion_report(net)
+        assert (len(report.fused), [site.name for site in report.chained], report.skipped) == (1, ["1.block.1.0"], [])
+
+
 def test_one_image_and_threads_give_the_same_bits():
     assert_one_image_and_threads_give_the_same_bits(EfficientNet(), torch.randn(5, 3, 33, 36))
 

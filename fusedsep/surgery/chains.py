@@ -11,6 +11,7 @@ import torch.nn as nn
 from torch import fx
 
 from .._chain import LayerChain
+from .._chain_elements import depthwise_of
 from .._frozen import FrozenSeparable
 from .analysis import Analysis
 from .program import Program, program_from, replace_sites
@@ -80,6 +81,10 @@ class Outline:
                 runs.append(run)
                 covered.update(run.nodes)
         return runs if any(len(run.steps) > 1 for run in runs) else []
+
+    def depthwise(self) -> list[nn.Conv2d]:
+        """The depthwise convolutions that are layers by themselves, of runs that become chains."""
+        return [conv for run in self._runs if len(run.steps) > 1 for conv in depthwise_of(run.elements(None))]
 
     def attach(self, frozen: Frozen = None) -> None:
         """Give the root a forward with its runs as chains, if it has any.

@@ -10,8 +10,10 @@ import torch.nn as nn
 
 from .._compat import has_hooks
 from .._frozen import FrozenSeparable
-from .analysis import Analysis, analyse
+from .analysis import Analysis, analyse, as_written
+from .chains import ChainedForward, outlines
 from .program import FusedSite
+from .side_effects import in_mode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +35,21 @@ class FusionReport:
 
     Attributes:
         fused: those that run (or would run, after :func:`fusedsep.fuse`) as one operation with what follows them.
+        chained: the others that are layers of a chain in eval mode; what they are called with then is one call.
         skipped: those that stay as they are.
     """
 
     fused: list[Site]
+    chained: list[Site]
     skipped: list[Site]
 
     def __str__(self) -> str:
-        total = len(self.fused) + len(self.skipped)
-        noun = "depthwise convolution" if total == 1 else "depthwise convolutions"
-        lines = [f"{len(self.fused)} of {total} {noun} fused"]
-        width = max((len(site.name) for site in self.fused + self.skipped), default=0)
-        for verb, sites in (("fused", self.fused), ("skipped", self.skipped)):
+        sites = self.fused + self.chained + self.skipped
+        noun = "depthwise convolution" if len(sites) == 1 else "depthwise convolutions"
+        more = f", {len(self.chained)} more in chains in eval mode" if self.chained else ""
+        lines = [f"{len(self.fused)} of {len(sites)} {noun} fused{more}"]
+        width = max((len(site.name) for site in sites), default=0)
+        for verb, sites in (("fused", self.fused), ("chained", self.chained), ("skipped", self.skipped)):
             lines += [f"  {verb:7}  {site.name:{width}}  {site.reason}" for site in sites]
         return "\n".join(lines)
 
@@ -52,8 +57,7 @@ class FusionReport:
 def fusion_report(model: nn.Module) -> FusionReport:
     """Say for each depthwise convolution of ``model`` whether it is fused, or why not.
 
-    Works on a fused model and on one that is not: then it says what :func:`fusedsep.fuse` would do. One that is not
-    fused with its neighbours may still be a layer of a chain in eval mode.
+    Works on a fused model and on one that is not: then it says what :func:`fusedsep.fuse` would do.
 
     Args:
         model: any module; it is not changed.
@@ -65,11 +69,23 @@ def fusion_report(model: nn.Module) -> FusionReport:
         TypeError: ``model`` is not an ``nn.Module``, or is a ``torch.jit.ScriptModule``.
     """
     check_model(model)
-    return _report(model, *(analyse(model, training) for training in (False, True)))
+    in_eval, in_training = (analyse(model, training) for training in (False, True))
+    return _report(model, in_eval, in_training, _chained(model, in_eval))
 
 
-def _report(model: nn.Module, in_eval: Analysis, in_training: Analysis) -> FusionReport:
+def _chained(model: nn.Module, in_eval: Analysis) -> set[nn.Module]:
+    """The depthwise convolutions that are layers of chains by themselves."""
+    if any(isinstance(module, FrozenSeparable) for module in model.modules()):  # parts of its Python are gone
+        forwards = [vars(module).get("forward") for module in model.modules()]
+        programs = [forward.programs[False] for forward in forwards if isinstance(forward, ChainedForward)]
+        return {conv for program in programs for chain in program.sites.values() for conv in chain.depthwise()}
+    with in_mode(model, False), as_written(model):
+        return {conv for outline in outlines(in_eval) for conv in outline.depthwise()}
+
+
+def _report(model: nn.Module, in_eval: Analysis, in_training: Analysis, in_chains: set[nn.Module]) -> FusionReport:
     fused: list[Site] = []
+    chained: list[Site] = []
     skipped: list[Site] = []
     for name, module in model.named_modules():
         if isinstance(module, FrozenSeparable):
@@ -81,8 +97,8 @@ def _report(model: nn.Module, in_eval: Analysis, in_training: Analysis) -> Fusio
             else:
                 fused.append(Site(name, _text(module, in_eval, in_training)))
         elif module in in_eval.reasons:
-            skipped.append(Site(name, in_eval.reasons[module]))
-    return FusionReport(fused, skipped)
+            (chained if module in in_chains else skipped).append(Site(name, in_eval.reasons[module]))
+    return FusionReport(fused, chained, skipped)
 
 
 def _text(conv: nn.Module, in_eval: Analysis, in_training: Analysis) -> str:
