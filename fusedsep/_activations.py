@@ -11,10 +11,12 @@ import torch.nn.functional as F
 
 #: Name -> code in ``csrc/kernels/separable.h`` (``enum class Activation``).
 ACTIVATION_CODES: dict[str, int] = {"none": 0, "relu": 1, "relu6": 2, "hardswish": 3}
-#: The same of what the layers of a chain apply besides (:mod:`fusedsep._chain_elements`).
-LAYER_ACTIVATION_CODES = {**ACTIVATION_CODES, "silu": 4, "sigmoid": 5, "hardsigmoid": 6}
+#: The same of what the training operators of one convolution apply besides (:mod:`fusedsep._convolution`).
+CONVOLUTION_ACTIVATION_CODES = {**ACTIVATION_CODES, "silu": 4}
+#: And of what the layers of a chain do (:mod:`fusedsep._chain_elements`).
+LAYER_ACTIVATION_CODES = {**CONVOLUTION_ACTIVATION_CODES, "sigmoid": 5, "hardsigmoid": 6}
 #: Code -> name.
-ACTIVATION_NAMES = {code: name for name, code in ACTIVATION_CODES.items()}
+ACTIVATION_NAMES = {code: name for name, code in LAYER_ACTIVATION_CODES.items()}
 
 _FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "none": lambda x: x,

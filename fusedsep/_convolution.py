@@ -2,8 +2,8 @@
 """Convolution -> BN -> activation over real modules, in training, where the convolution belongs to no site.
 
 The pointwise 1x1 convolution that stands in front of most depthwise-separable ones since MobileNetV2, whose map is the
-largest of a block, and the 3x3 convolution of the images, whose map is the largest of the network. In eval mode
-:mod:`fusedsep._chain` runs both.
+largest of a block; the depthwise convolution with squeeze-and-excitation behind it, or with more than 3x3 taps; and the
+3x3 convolution of the images, whose map is the largest of the network. In eval mode :mod:`fusedsep._chain` runs them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,14 @@ import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import _compat, _kernel_path, _ops, _sync
-from ._activations import ACTIVATION_CODES, apply_activation
-from ._ops import BATCH_STATISTICS, ConvolutionOperands, ConvolutionSettings, PointwiseSettings
+from ._activations import CONVOLUTION_ACTIVATION_CODES, apply_activation
+from ._ops import (
+    BATCH_STATISTICS,
+    ConvolutionOperands,
+    ConvolutionSettings,
+    DepthwiseSettings,
+    PointwiseSettings,
+)
 from ._padding import convolution_pads, output_size
 from ._running_statistics import update_running_statistics
 
@@ -41,7 +47,14 @@ class ConvNormActivation:
         self.training_norm_forwards = self.norm_forwards
 
     def __call__(self, x: torch.Tensor, conv: nn.Conv2d, bn: _BatchNorm) -> torch.Tensor:
-        """``x``: ``Tensor[N, C, H, W]``; ``conv``: 1x1, or 3x3 of few channels with one stride and one dilation."""
+        """Run it.
+
+        Args:
+            x: ``Tensor[N, C, H, W]``.
+            conv: 1x1; depthwise with 3x3, 5x5 or 7x7 taps side by side; or 3x3 of few channels with one dilation; the
+                last two with one stride.
+            bn: what follows it.
+        """
         operands = self._covered_tensors(x, conv, bn)
         if operands is None:
             return self.composite(x, conv, bn)
@@ -51,13 +64,17 @@ class ConvNormActivation:
             # What the batch takes the place of must not reach autograd, which would find it changed by this step.
             operands = operands._replace(bn_mean=None, bn_var=None)
         x, channels_last, _ = _kernel_path.dense(x)
-        code = ACTIVATION_CODES[self.activation]
+        code = CONVOLUTION_ACTIVATION_CODES[self.activation]
         if _is_pointwise(conv):
             run, settings = _ops.pointwise_conv2d_training, PointwiseSettings(mode, eps, code, channels_last)
         else:
-            channels_last = channels_last or _is_channels_last(operands.weight)  # as torch decides
             geometry = conv.stride[0], conv.dilation[0], *convolution_pads(conv)
-            run, settings = _ops.conv2d_training, ConvolutionSettings(mode, eps, *geometry, code, channels_last)
+            if _is_depthwise(conv):
+                run, kind = _ops.depthwise_conv2d_training, DepthwiseSettings
+            else:
+                run, kind = _ops.conv2d_training, ConvolutionSettings
+                channels_last = channels_last or _is_channels_last(operands.weight)  # as torch decides
+            settings = kind(mode, eps, *geometry, code, channels_last)
         y, _, mean, var, _ = run(x, *_kernel_path.contiguous(operands), *settings)
         if trains and bn.training and bn.track_running_stats:
             update_running_statistics(bn, mean, var, y.shape[0] * y.shape[2] * y.shape[3])
@@ -75,7 +92,7 @@ class ConvNormActivation:
             and x.is_cpu
             and x.dim() == 4
             and x.shape[1] == conv.in_channels
-            and (_is_pointwise(conv) or not (x.requires_grad and torch.is_grad_enabled()))
+            and (_reads_maps(conv) or not (x.requires_grad and torch.is_grad_enabled()))
             and _is_worth_a_call(x, conv)
             and _compat.is_plain_convolution(conv)
             and not _compat.has_hooks(conv)
@@ -98,6 +115,15 @@ def _is_pointwise(conv: nn.Conv2d) -> bool:
     return conv.kernel_size == (1, 1)
 
 
+def _is_depthwise(conv: nn.Conv2d) -> bool:
+    return conv.groups > 1
+
+
+def _reads_maps(conv: nn.Conv2d) -> bool:
+    """Whether it has a gradient of its input."""
+    return _is_pointwise(conv) or _is_depthwise(conv)
+
+
 def _is_channels_last(weight: torch.Tensor) -> bool:
     return not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
 
@@ -107,9 +133,9 @@ def _is_worth_a_call(x: torch.Tensor, conv: nn.Conv2d) -> bool:
     height, width = x.shape[2:]
     if not _is_pointwise(conv):
         pads = convolution_pads(conv)
-        stride, dilation = conv.stride[0], conv.dilation[0]
-        height = output_size(height, pads.top, pads.bottom, stride, dilation)
-        width = output_size(width, pads.left, pads.right, stride, dilation)
+        geometry = conv.stride[0], conv.dilation[0], conv.kernel_size[0]
+        height = output_size(height, pads.top, pads.bottom, *geometry)
+        width = output_size(width, pads.left, pads.right, *geometry)
         if min(*x.shape[2:], height, width) < 1:
             return False
     values = x.shape[0] * height * width

@@ -19,6 +19,8 @@ separable_conv2d_training = torch.ops.fusedsep.separable_conv2d_training.default
 separable_conv2d_training_backward = torch.ops.fusedsep.separable_conv2d_training_backward.default
 pointwise_conv2d_training = torch.ops.fusedsep.pointwise_conv2d_training.default
 pointwise_conv2d_training_backward = torch.ops.fusedsep.pointwise_conv2d_training_backward.default
+depthwise_conv2d_training = torch.ops.fusedsep.depthwise_conv2d_training.default
+depthwise_conv2d_training_backward = torch.ops.fusedsep.depthwise_conv2d_training_backward.default
 conv2d_training = torch.ops.fusedsep.conv2d_training.default
 conv2d_training_backward = torch.ops.fusedsep.conv2d_training_backward.default
 depthwise_statistics = torch.ops.fusedsep.depthwise_statistics.default
@@ -87,6 +89,10 @@ class ConvolutionSettings(NamedTuple):
     pad_bottom: int
     activation: int
     channels_last: bool
+
+
+class DepthwiseSettings(ConvolutionSettings):
+    """The same for a depthwise convolution by itself; ``channels_last`` is the format of its input, too."""
 
 
 class Operands(NamedTuple):
@@ -223,6 +229,7 @@ def _(x, weight, *others):  # type: ignore[no-untyped-def]
     return y, p, x.new_empty(size), x.new_empty(size), x.new_empty((4, channels))
 
 
+@torch.library.register_fake("fusedsep::depthwise_conv2d_training_backward")
 @torch.library.register_fake("fusedsep::pointwise_conv2d_training_backward")
 def _(grad_y, x, x_normalization, p, weight, *others):  # type: ignore[no-untyped-def]
     *_, channels_last, wanted = others
@@ -230,12 +237,13 @@ def _(grad_y, x, x_normalization, p, weight, *others):  # type: ignore[no-untype
     return grad_x, *_convolution_gradients(weight, wanted >> 1)
 
 
+@torch.library.register_fake("fusedsep::depthwise_conv2d_training")
 @torch.library.register_fake("fusedsep::conv2d_training")
 def _(x, weight, *others):  # type: ignore[no-untyped-def]
     settings = ConvolutionSettings(*others[-len(ConvolutionSettings._fields) :])
-    channels = weight.shape[0]
-    y = _map(x, channels, *settings[2:8], settings.channels_last)
-    p = _map(x, channels, *settings[2:8], True)
+    channels, kernel = weight.shape[0], weight.shape[2]
+    y = _map(x, channels, *settings[2:8], settings.channels_last, kernel)
+    p = _map(x, channels, *settings[2:8], True, kernel)
     size = channels if settings.bn_mode == BATCH_STATISTICS else 0
     return y, p, x.new_empty(size), x.new_empty(size), x.new_empty((4, channels))
 

@@ -22,6 +22,7 @@ from ._ops import (
     NO_NORM,
     ConvolutionOperands,
     ConvolutionSettings,
+    DepthwiseSettings,
     Operands,
     PointwiseSettings,
     Settings,
@@ -29,7 +30,7 @@ from ._ops import (
 
 #: The tensors, and the rest of the arguments, of any training operator.
 AnyOperands = Operands | ConvolutionOperands
-AnySettings = Settings | PointwiseSettings | ConvolutionSettings
+AnySettings = Settings | PointwiseSettings | DepthwiseSettings | ConvolutionSettings
 
 
 # ----------------------------------------------------------------------------------------------------------- composite
@@ -64,9 +65,11 @@ def _pointwise_maps(x: torch.Tensor, operands: ConvolutionOperands, settings: Po
 
 
 def _convolution_maps(x: torch.Tensor, operands: ConvolutionOperands, settings: ConvolutionSettings) -> _Maps:
+    """Of a whole convolution, or of one in groups."""
     t, s = operands, settings
     padded = F.pad(x, (s.pad_left, s.pad_right, s.pad_top, s.pad_bottom))
-    return _normalized_maps(F.conv2d(padded, t.weight, None, s.stride, 0, s.dilation), t, s)
+    groups = x.shape[1] // t.weight.shape[1]
+    return _normalized_maps(F.conv2d(padded, t.weight, None, s.stride, 0, s.dilation, groups), t, s)
 
 
 def _normalized_maps(
@@ -142,7 +145,6 @@ class _Operator:
 
     Args:
         name: in :mod:`fusedsep._ops`; its backward operator is called ``{name}_backward``.
-        function: its :class:`torch.autograd.Function`.
         operands, settings: the types of its arguments.
         norms: the names of its BNs there.
         maps: the same through ATen.
@@ -152,16 +154,16 @@ class _Operator:
     def __init__(
         self,
         name: str,
-        function: type[torch.autograd.Function],
         operands: type[AnyOperands],
         settings: type[AnySettings],
         norms: tuple[str, ...],
         maps: Callable[[torch.Tensor, Any, Any], _Maps],
         reads_maps: bool = True,
     ) -> None:
-        self.name, self.function, self.operands, self.settings = name, function, operands, settings
+        self.name, self.operands, self.settings = name, operands, settings
         self.norms, self.maps, self.reads_maps = norms, maps, reads_maps
         self.forward: Callable[..., tuple[torch.Tensor, ...]] = getattr(_ops, name)
+        self.function = _autograd_function(self)
         #: How many arguments are the map or an operand.
         self.tensors = 1 + len(operands._fields)
         #: Which of them the gradients of the backward operator belong to, in the order of its results.
@@ -175,61 +177,43 @@ class _Operator:
         return arguments[0], self.operands(*arguments[1 : self.tensors]), self.settings(*arguments[self.tensors :])
 
 
-class SeparableConvFunction(torch.autograd.Function):
-    """The training operator of a separable convolution and its derivative.
+def _autograd_function(operator: _Operator) -> type[torch.autograd.Function]:
+    """``operator`` and its derivative.
 
-    Keeps the raw pointwise product ``p``, what :mod:`fusedsep._kept_input` keeps for ``x``, and the small tensors.
+    Keeps the raw product ``p``, what :mod:`fusedsep._kept_input` keeps for ``x`` (an image as it is), and the small
+    tensors.
     """
 
-    @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        return _forward(ctx, _OPERATORS[Settings], arguments)
+        return _forward(ctx, operator, arguments)
 
-    @staticmethod
     def backward(ctx: Any, grad_y: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
         return _backward(ctx, grad_y)
 
-
-class PointwiseConvFunction(torch.autograd.Function):
-    """The same for a pointwise convolution."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        return _forward(ctx, _OPERATORS[PointwiseSettings], arguments)
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
-        return _backward(ctx, grad_y)
-
-
-class ConvolutionFunction(torch.autograd.Function):
-    """The same for a 3x3 convolution of an image, which has no gradient and is kept as it is."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        return _forward(ctx, _OPERATORS[ConvolutionSettings], arguments)
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
-        return _backward(ctx, grad_y)
+    name = f"{operator.name.title().replace('_', '')}Function"  # as profiles and graphs show it
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward), "__module__": __name__}
+    return type(name, (torch.autograd.Function,), methods)
 
 
 #: By the type of the settings.
 _OPERATORS: dict[type, _Operator] = {
-    Settings: _Operator(
-        "separable_conv2d_training", SeparableConvFunction, Operands, Settings, ("bn1", "bn2"), _separable_maps
-    ),
+    Settings: _Operator("separable_conv2d_training", Operands, Settings, ("bn1", "bn2"), _separable_maps),
     PointwiseSettings: _Operator(
         "pointwise_conv2d_training",
-        PointwiseConvFunction,
         ConvolutionOperands,
         PointwiseSettings,
         ("bn",),
         _pointwise_maps,
     ),
+    DepthwiseSettings: _Operator(
+        "depthwise_conv2d_training",
+        ConvolutionOperands,
+        DepthwiseSettings,
+        ("bn",),
+        _convolution_maps,
+    ),
     ConvolutionSettings: _Operator(
         "conv2d_training",
-        ConvolutionFunction,
         ConvolutionOperands,
         ConvolutionSettings,
         ("bn",),
@@ -404,6 +388,7 @@ for _overload in (_ops.pack, _ops.pack_depthwise, _ops.separable_conv2d):
 for _overload in (
     _ops.separable_conv2d_training_backward,
     _ops.pointwise_conv2d_training_backward,
+    _ops.depthwise_conv2d_training_backward,
     _ops.conv2d_training_backward,
     _ops.depthwise_statistics,
     _ops.separable_products,

@@ -28,6 +28,7 @@ class Case(NamedTuple):
     activation: str = "relu"
     pointwise_activation: str = "none"
     batch: int = 1
+    kernel: int = 3
 
     def __str__(self) -> str:
         """What differs from the plain case: the name of the test."""
@@ -37,7 +38,7 @@ class Case(NamedTuple):
     @property
     def out_shape(self) -> tuple[int, int, int, int]:
         left, right, top, bottom = self.pads
-        reach = 2 * self.dilation + 1
+        reach = (self.kernel - 1) * self.dilation + 1
         return (
             self.batch,
             self.out_channels,

@@ -20,7 +20,7 @@ import torch
 from build_files import setup_cuda
 
 import fusedsep
-from fusedsep import _C, _ops
+from fusedsep import _C, _convolution, _ops
 
 #: Marker -> whether the machine lacks what it needs. ``FAIL_WITHOUT_AVX512=1`` turns the skips of ``needs_avx512`` into
 #: failures: for machines that are known to have it, so that a broken detection cannot pass for a missing feature.
@@ -158,9 +158,21 @@ def pointwise_calls(monkeypatch):
 
 
 @pytest.fixture
+def depthwise_calls(monkeypatch):
+    """The same for that of a depthwise convolution by itself."""
+    return _record_calls(monkeypatch, "depthwise_conv2d_training")
+
+
+@pytest.fixture
 def convolution_calls(monkeypatch):
     """The same for that of a 3x3 convolution of images."""
     return _record_calls(monkeypatch, "conv2d_training")
+
+
+@pytest.fixture
+def small_maps(monkeypatch):
+    """Maps of any size are worth a call of the training operators of one convolution."""
+    monkeypatch.setattr(_convolution, "LEAST_NUMBERS", 0)
 
 
 @pytest.fixture

@@ -104,8 +104,10 @@ def check(case: Case, dtype: type, channels_last: bool, isa: str) -> None:
         assert np.array_equal(y.permute(0, 2, 3, 1) if channels_last else y, expected)
 
 
-def check_training(case: Case, dtype: torch.dtype, channels_last: bool, modes: tuple, whole: bool = False) -> None:
-    given = training_reference.arguments(case, modes, bias=True, distance=0, whole=whole)
+def check_training(
+    case: Case, dtype: torch.dtype, channels_last: bool, modes: tuple, level: int = training_reference.POINTWISE
+) -> None:
+    given = training_reference.arguments(case, modes, bias=True, distance=0, level=level)
     settings = training_reference.settings(given, channels_last)
     forward, backward = training_reference.operators(given)
 
@@ -126,11 +128,11 @@ def check_training(case: Case, dtype: torch.dtype, channels_last: bool, modes: t
         p, *statistics = (there(output, at_end) for output in outputs[1:])
         operands = training_reference.with_statistics(given, operands, statistics)
         wanted = training_reference.all_wanted(given)
-        inputs = (x,) if whole else (x, None)
+        inputs = (x,) if given.reads_an_image else (x, None)
         gradients = backward(grad_y, *inputs, p, *operands, *settings, wanted)
         for ours, exact in zip((*outputs, *gradients), expected, strict=True):
             assert torch.equal(ours, exact)
-        if whole:
+        if given.reads_an_image:
             continue
         # The same numbers as the product of a block before, and what that block makes of it.
         normalization = there(torch.cat([torch.randn(3, x.shape[1]), torch.ones(1, x.shape[1])]).to(dtype), at_end)
@@ -181,9 +183,14 @@ def main() -> None:
         if case.batch * case.out_shape[2] * case.out_shape[3] > 1:
             check_training(case, precision, channels_last, (2, 2))
             if case.in_channels <= 8:
-                check_training(case, precision, channels_last, (2,), whole=True)
+                check_training(case, precision, channels_last, (2,), training_reference.WHOLE)
         if case.batch * case.height * case.width > 1:
             check_training(case, precision, channels_last, (2,))
+            for kernel in (3, 5, 7):
+                alone = case._replace(
+                    out_channels=case.in_channels, dilation=1, kernel=kernel, pads=(kernel // 2, 3, kernel // 2, 3)
+                )
+                check_training(alone, precision, channels_last, (2,), training_reference.DEPTHWISE)
     for channels, size, dtype in itertools.product((1, 3, 5), (5, 8, 17, 33), (torch.float32, torch.float64)):
         print("chain", channels, size, dtype, flush=True)
         check_chain(channels, size, dtype)

@@ -22,12 +22,6 @@ from fusedsep import _convolution, reference
 FORMATS = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 
 
-@pytest.fixture
-def small_maps(monkeypatch):
-    """Maps of any size are worth a call."""
-    monkeypatch.setattr(_convolution, "LEAST_NUMBERS", 0)
-
-
 def first_and_site(first=None, activation=None):
     """A first convolution and a site behind it."""
     first = first or nn.Conv2d(3, 6, 3, 2, 1, bias=False)

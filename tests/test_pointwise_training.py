@@ -23,12 +23,6 @@ from fusedsep._convolution import ConvNormActivation
 FORMATS = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 
 
-@pytest.fixture
-def small_maps(monkeypatch):
-    """Maps of any size are worth a call."""
-    monkeypatch.setattr(_convolution, "LEAST_NUMBERS", 0)
-
-
 @FORMATS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_expansions_train_in_one_operation(channels_last, dtype, pointwise_calls, training_calls, small_maps):

@@ -138,13 +138,15 @@ def test_many_gradients_at_once():
 # ----------------------------------------------------------------------------------------------- modes, hooks, memory
 
 
-@pytest.mark.filterwarnings("ignore:Anomaly Detection", "ignore:Error detected in SeparableConvFunctionBackward")
+@pytest.mark.filterwarnings(
+    "ignore:Anomaly Detection", "ignore:Error detected in SeparableConv2DTrainingFunctionBackward"
+)
 def test_anomaly_mode_finds_the_operation():
     block, twin = pair()
     with torch.autograd.detect_anomaly(check_nan=True):
         assert_same(step(block, random(2, 5, 6, 9)), step(twin, random(2, 5, 6, 9)))
         y = block(random(2, 5, 6, 9))
-        with pytest.raises(RuntimeError, match=r"SeparableConvFunctionBackward.* returned nan"):
+        with pytest.raises(RuntimeError, match=r"SeparableConv2DTrainingFunctionBackward.* returned nan"):
             y.backward(torch.full_like(y, torch.nan))
 
 

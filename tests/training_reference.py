@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Arguments of the training operators for a :class:`cases.Case`, and what torch computes from them.
 
-With one mode instead of two they are those of the pointwise convolution alone, or of a whole 3x3 one.
+With one mode instead of two they are those of one convolution alone.
 
 ``outcome`` is always: y, batch mean and variance of either BN where it has them, gradients of x (unless it is the image
 of a whole convolution) and of each parameter that there is.
@@ -22,9 +22,13 @@ from tolerance import FACTOR_TO_TORCH
 from fusedsep import _ops
 
 EPS = (1e-5, 1e-3)
-ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish}
+ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish, "silu": F.silu}
+#: Those of one convolution alone.
+CONVOLUTION_ACTIVATION_CODES = {**ACTIVATION_CODES, "silu": 4}
 #: Where each activation has no derivative.
-KINKS = {"none": (), "relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0)}
+KINKS = {"none": (), "relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0), "silu": ()}
+#: The convolutions.
+DEPTHWISE, POINTWISE, WHOLE = 0, 1, 2
 
 #: One value a channel has no variance.
 CASES = [
@@ -51,27 +55,26 @@ class Arguments(NamedTuple):
     x: torch.Tensor
     operands: tuple[torch.Tensor | None, ...]
     grad_y: torch.Tensor
-    #: Which of depthwise (0), pointwise (1) and whole convolution (2) take part.
+    #: Which convolutions take part.
     levels: tuple[int, ...]
 
     @property
     def reads_an_image(self) -> bool:
         """Whether x has no gradient."""
-        return self.levels == (2,)
+        return self.levels == (WHOLE,)
 
     @property
     def activations(self) -> list[str]:
         """What follows each of them."""
-        both = self.case.activation, self.case.pointwise_activation
-        return [both[min(level, 1)] for level in self.levels]
+        return [self.case.activation, self.case.pointwise_activation][-len(self.levels) :]
 
 
-def arguments(case: Case, modes=(2, 2), bias=False, seed=0, mean=0.0, distance=1e-4, whole=False) -> Arguments:
-    """Random arguments of the size that networks have.
+def arguments(case: Case, modes=(2, 2), bias=False, seed=0, mean=0.0, distance=1e-4, level=POINTWISE) -> Arguments:
+    """Random arguments of the size that networks have; ``level`` is the one convolution where there is one mode.
 
     No activation sees a number within ``distance`` of a kink, where rounding would decide about the derivative.
     """
-    levels = (2,) if whole else (0, 1)[-len(modes) :]
+    levels = (level,) if len(modes) == 1 else (DEPTHWISE, POINTWISE)
     for attempt in range(200):
         generator = torch.Generator().manual_seed(1000 * seed + attempt)
 
@@ -81,8 +84,9 @@ def arguments(case: Case, modes=(2, 2), bias=False, seed=0, mean=0.0, distance=1
 
         c, o = case.in_channels, case.out_channels
         operands = []
-        weights = [normal(c, 1, 3, 3, scale=0.7), normal(o, c, 1, 1, scale=1.5 / c**0.5)]
-        if whole:
+        k = case.kernel
+        weights = [normal(c, 1, k, k, scale=2.1 / k), normal(o, c, 1, 1, scale=1.5 / c**0.5)]
+        if levels == (WHOLE,):
             weights.append(normal(o, c, 3, 3, scale=0.5 / c**0.5))
         for mode, level in zip(modes, levels, strict=True):
             weight, channels = weights[level], o if level else c
@@ -90,7 +94,7 @@ def arguments(case: Case, modes=(2, 2), bias=False, seed=0, mean=0.0, distance=1
             operands += [normal(channels), normal(channels, scale=0.5)] if mode else [None, None]
             operands += [normal(channels, scale=0.2), normal(channels).abs() + 0.5] if mode == 1 else [None, None]
         x = normal(case.batch, c, case.height, case.width) + mean
-        shape = (case.batch, o, case.height, case.width) if levels == (1,) else case.out_shape
+        shape = (case.batch, o, case.height, case.width) if levels == (POINTWISE,) else case.out_shape
         given = Arguments(case, modes, x, tuple(operands), normal(*shape), levels)
         if _distance_from_kinks(given) > distance:
             return given
@@ -108,10 +112,10 @@ def _forward(given: Arguments, x, operands, rounding=lambda x: x):
     value = x
     for i, (level, activation) in enumerate(zip(given.levels, given.activations, strict=True)):
         weight, bias, gamma, beta, mean, variance = operands[6 * i : 6 * i + 6]
-        if level == 0:
+        if level == DEPTHWISE:
             value = F.pad(value, case.pads)
             value = F.conv2d(value, weight, bias, case.stride, 0, case.dilation, groups=case.in_channels)
-        elif level == 1:
+        elif level == POINTWISE:
             value = F.conv2d(value, weight, bias)
         else:
             value = F.conv2d(F.pad(value, case.pads), weight, bias, case.stride, 0, case.dilation)
@@ -221,11 +225,10 @@ def assert_near(given: Arguments, dtype, *actual: list[torch.Tensor], factor=FAC
 
 def settings(given: Arguments, channels_last: bool) -> tuple:
     case = given.case
-    if given.levels == (1,):
-        return given.modes[0], EPS[1], ACTIVATION_CODES[case.pointwise_activation], channels_last
-    if given.levels == (2,):
-        geometry = case.stride, case.dilation, *case.pads
-        return given.modes[0], EPS[1], *geometry, ACTIVATION_CODES[case.pointwise_activation], channels_last
+    if len(given.levels) == 1:
+        geometry = () if given.levels == (POINTWISE,) else (case.stride, case.dilation, *case.pads)
+        activation = CONVOLUTION_ACTIVATION_CODES[case.pointwise_activation]
+        return given.modes[0], EPS[given.levels[0] > 0], *geometry, activation, channels_last
     return (
         given.modes[0],
         EPS[0],
@@ -261,9 +264,10 @@ def run(given: Arguments, dtype=torch.double, channels_last=False, wanted=None, 
 def operators(given: Arguments) -> tuple:
     """The training operator and its backward."""
     return {
-        (0, 1): (_ops.separable_conv2d_training, _ops.separable_conv2d_training_backward),
-        (1,): (_ops.pointwise_conv2d_training, _ops.pointwise_conv2d_training_backward),
-        (2,): (_ops.conv2d_training, _ops.conv2d_training_backward),
+        (DEPTHWISE, POINTWISE): (_ops.separable_conv2d_training, _ops.separable_conv2d_training_backward),
+        (DEPTHWISE,): (_ops.depthwise_conv2d_training, _ops.depthwise_conv2d_training_backward),
+        (POINTWISE,): (_ops.pointwise_conv2d_training, _ops.pointwise_conv2d_training_backward),
+        (WHOLE,): (_ops.conv2d_training, _ops.conv2d_training_backward),
     }[given.levels]
 
 

@@ -1,56 +1,15 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // Training of one convolution, its BN and its activation, in LibTorch's stable ABI: the second half of training_ops.cpp
-// by itself. A pointwise convolution reads its input where the other reads the depthwise map; a 3x3 convolution of few
-// channels, the first one of a network, reads the patches of an image.
+// by itself. A pointwise convolution reads its input where the other reads the depthwise map; a depthwise convolution
+// of up to 7x7 taps has kernels of its own; a 3x3 convolution of few channels, the first one of a network, reads the
+// patches of an image.
 #include <torch/csrc/stable/library.h>
 
-#include "training_call.h"
+#include "convolution_training_call.h"
 
 namespace fusedsep {
 namespace {
-
-// The arguments that stand for the two modules.
-struct ConvolutionModules {
-  const Tensor& weight;
-  const Vector &bias, &bn_weight, &bn_bias, &bn_mean, &bn_var;
-  int64_t bn_mode;
-  double bn_eps;
-
-  template <typename T>
-  Norm<T> norm() const {
-    return {bias, bn_weight, bn_bias, Statistics(bn_mode), bn_eps, weight.size(0)};
-  }
-  // With the statistics that y was normalized with.
-  template <typename T>
-  Norm<T> norm_in_backward() const {
-    Norm<T> result = norm<T>();
-    result.set_statistics(bn_mode == 0 ? nullptr : bn_mean->const_data_ptr<T>(),
-                          bn_mode == 0 ? nullptr : bn_var->const_data_ptr<T>());
-    return result;
-  }
-  // Besides `weight`.
-  void check(ScalarType dtype, int64_t activation, bool in_backward) const {
-    check_norm("bn", weight.size(0), bn_weight, bn_bias, bn_mean, bn_var, bn_mode, dtype, in_backward);
-    check_vector("bias", bias, weight.size(0), dtype, Place::cpu());
-    check_range("activation", activation, 0, 3);
-  }
-};
-
-using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-// What the operators return, when the params of `run` have all that makes p and where y goes.
-template <typename T, class Run>
-Five forward_outputs(Run& run, Norm<T>& norm, const ConvolutionModules& m, const Tensor& p, Outgoing<T>& y,
-                     int64_t activation) {
-  const int64_t channels = p.size(1);
-  const auto [mean, var] = take_statistics(norm, channels, m.bn_mean, m.bn_var,
-                                           [&](double* mean, double* variance) { run.forward(mean, variance); });
-  run.params.affine2 = norm.affine();
-  run.params.y = y.data();
-  run.normalize();
-  return {y.map(), p, mean, var, normalization_of(norm, channels, activation)};
-}
 
 // The geometry of one call, from tensors that were checked.
 struct PointwiseCall {
@@ -104,12 +63,10 @@ Five pointwise_conv2d_training(const Tensor& x, const Tensor& weight, const Vect
     run.params.d = const_cast<T*>(own_x.data());
     run.params.affine1 = same.affine();
     run.pack(nullptr, weight.const_data_ptr<T>(), false);
-    return forward_outputs(run, norm, modules, p, y, activation);
+    return forward_outputs(run, norm, modules, p, y, activation,
+                           [&](double* mean, double* variance) { run.forward(mean, variance); });
   });
 }
-
-// Bits of `wanted`, and places in the results.
-enum { kGradX, kGradWeight, kGradBias, kGradBnWeight, kGradBnBias };
 
 Five pointwise_conv2d_training_backward(const Tensor& grad_y, const Tensor& x, const Vector& x_normalization,
                                         const Tensor& p, const Tensor& weight, const Vector& bias,
@@ -121,8 +78,6 @@ Five pointwise_conv2d_training_backward(const Tensor& grad_y, const Tensor& x, c
   const ScalarType dtype = x.scalar_type();
   check_map("grad_y", grad_y, call.out_sizes, dtype);
   check_map("p", p, call.out_sizes, dtype);
-  const auto wants = [wanted](int i) { return (wanted >> i & 1) != 0; };
-
   return dispatch(x, [&](auto zero) -> Five {
     using T = decltype(zero);
     const bool in_channels_last = call.runs_channels_last();
@@ -135,25 +90,12 @@ Five pointwise_conv2d_training_backward(const Tensor& grad_y, const Tensor& x, c
     auto run = run_of(call.params<T>(own_p, activation, in_channels_last));
     own_x.set_as_d(run.params, same.affine());
     run.params.grad_y = own_grad_y.data();
-    run.params.affine2 = norm.affine();
-
-    Channels sum(size_t(norm.padded())), moment(sum.size());
-    run.normalize_backward_reduce(sum.data(), moment.data());
-    run.params.correction2 = norm.correction(sum, moment, call.count());
-
-    Tensor grad_x = nothing(dtype), grad_weight = nothing(dtype);
-    if (wants(kGradX) || wants(kGradWeight)) {
-      std::optional<Outgoing<T>> own_grad_x;
-      if (wants(kGradX)) own_grad_x.emplace(call.in_sizes, channels_last, in_channels_last);
-      if (wants(kGradWeight)) grad_weight = empty_map(sizes_of(weight), false, dtype);
-      run.params.g1 = wants(kGradX) ? own_grad_x->data() : nullptr;
-      run.pack(nullptr, weight.const_data_ptr<T>(), true);
-      run.pointwise_backward(nullptr, nullptr, wants(kGradWeight) ? grad_weight.mutable_data_ptr<T>() : nullptr);
-      if (wants(kGradX)) grad_x = own_grad_x->map();
-    }
-    return {grad_x, grad_weight, wants(kGradBias) ? norm.grad_bias(sum) : nothing(dtype),
-            wants(kGradBnWeight) ? norm.grad_weight(moment) : nothing(dtype),
-            wants(kGradBnBias) ? norm.grad_shift(sum) : nothing(dtype)};
+    return backward_outputs(run, norm, call, weight, channels_last, in_channels_last, wanted,
+                            [&](T* grad_x, T* grad_weight) {
+                              run.params.g1 = grad_x;
+                              run.pack(nullptr, weight.const_data_ptr<T>(), true);
+                              run.pointwise_backward(nullptr, nullptr, grad_weight);
+                            });
   });
 }
 
@@ -165,7 +107,7 @@ struct PatchesCall {
   Rows rows;
 
   PatchesCall(const Tensor& x, const ConvolutionModules& m, const Geometry& g, bool in_backward) : geometry(g) {
-    check_geometry(g);
+    check_geometry(g, kLastTrainedActivation);
     check_input(x, false, true);
     in_sizes = sizes_of(x);
     const auto [batch, in_channels, height, width] = in_sizes;
@@ -232,7 +174,8 @@ Five conv2d_training(const Tensor& x, const Tensor& weight, const Vector& bias, 
     std::vector<T> rows(size_t(weight.numel()));
     call.reorder(weight.const_data_ptr<T>(), false, rows.data());
     run.pack(nullptr, rows.data(), false);
-    return forward_outputs(run, norm, modules, p, y, activation);
+    return forward_outputs(run, norm, modules, p, y, activation,
+                           [&](double* mean, double* variance) { run.forward(mean, variance); });
   });
 }
 
@@ -246,8 +189,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_training_backward(
   const ScalarType dtype = x.scalar_type();
   check_map("grad_y", grad_y, call.out_sizes, dtype);
   check_map("p", p, call.out_sizes, dtype);
-  const auto wants = [wanted](int i) { return (wanted >> (i - 1) & 1) != 0; };  // there is no grad_x
-
   return dispatch(x, [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
     using T = decltype(zero);
     const Tensor own_p = dense(p, call.out_sizes, true);
@@ -256,22 +197,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_training_backward(
     Norm<T> norm = modules.norm_in_backward<T>();
     auto run = run_of(call.params<T>(x, own_p));
     run.params.grad_y = own_grad_y.data();
-    run.params.affine2 = norm.affine();
-
-    Channels sum(size_t(norm.padded())), moment(sum.size());
-    run.normalize_backward_reduce(sum.data(), moment.data());
-    run.params.correction2 = norm.correction(sum, moment, call.count());
-
-    Tensor grad_weight = nothing(dtype);
-    if (wants(kGradWeight)) {
-      grad_weight = empty_map(sizes_of(weight), false, dtype);
-      std::vector<T> rows(size_t(weight.numel()));
-      run.convolution_backward(rows.data());
-      call.reorder(rows.data(), true, grad_weight.mutable_data_ptr<T>());
-    }
-    return {grad_weight, wants(kGradBias) ? norm.grad_bias(sum) : nothing(dtype),
-            wants(kGradBnWeight) ? norm.grad_weight(moment) : nothing(dtype),
-            wants(kGradBnBias) ? norm.grad_shift(sum) : nothing(dtype)};
+    const auto [_, grad_weight, grad_bias, grad_bn_weight, grad_bn_bias] =
+        backward_outputs(run, norm, call, weight, channels_last, true, wanted << kGradWeight, [&](T*, T* grad_weight) {
+          std::vector<T> rows(size_t(weight.numel()));
+          run.convolution_backward(rows.data());
+          call.reorder(rows.data(), true, grad_weight);
+        });
+    return {grad_weight, grad_bias, grad_bn_weight, grad_bn_bias};
   });
 }
 
@@ -280,21 +212,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_training_backward(
 
 // Modes of the BN and bits of `wanted` as in training_ops.cpp.
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedsep, m) {
-#define FUSEDSEP_MODULES                                                                               \
-  "Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? bn_mean, Tensor? bn_var, " \
-  "int bn_mode, float bn_eps, "
-  m.def("pointwise_conv2d_training(Tensor x, " FUSEDSEP_MODULES
+  m.def("pointwise_conv2d_training(Tensor x, " FUSEDSEP_CONVOLUTION
         "int activation, bool channels_last) -> (Tensor y, Tensor p, Tensor mean, Tensor var, Tensor normalization)");
   m.def(
-      "pointwise_conv2d_training_backward(Tensor grad_y, Tensor x, Tensor? x_normalization, Tensor p, " FUSEDSEP_MODULES
+      "pointwise_conv2d_training_backward(Tensor grad_y, Tensor x, Tensor? x_normalization, Tensor "
+      "p, " FUSEDSEP_CONVOLUTION
       "int activation, bool channels_last, int wanted) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, "
       "Tensor grad_bn_weight, Tensor grad_bn_bias)");
-  m.def("conv2d_training(Tensor x, " FUSEDSEP_MODULES FUSEDSEP_GEOMETRY
+  m.def("conv2d_training(Tensor x, " FUSEDSEP_CONVOLUTION FUSEDSEP_GEOMETRY
         "int activation, bool channels_last) -> (Tensor y, Tensor p, Tensor mean, Tensor var, Tensor normalization)");
-  m.def("conv2d_training_backward(Tensor grad_y, Tensor x, Tensor p, " FUSEDSEP_MODULES FUSEDSEP_GEOMETRY
+  m.def("conv2d_training_backward(Tensor grad_y, Tensor x, Tensor p, " FUSEDSEP_CONVOLUTION FUSEDSEP_GEOMETRY
         "int activation, bool channels_last, int wanted) -> (Tensor grad_weight, Tensor grad_bias, "
         "Tensor grad_bn_weight, Tensor grad_bn_bias)");
-#undef FUSEDSEP_MODULES
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedsep, CPU, m) {

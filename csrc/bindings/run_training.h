@@ -42,11 +42,12 @@ class TrainingTiles {
     const int64_t begin = i % tiles_per_run_ * size_;
     return {i / tiles_per_run_, begin, std::min(begin + size_, pixels_)};
   }
-  // Of a tile, in whole vectors.
-  int64_t padded_pixels(int64_t i) const {
+  // Of a tile; `padded` to whole vectors.
+  int64_t pixels(int64_t i) const {
     const Tile tile = (*this)[i];
-    return (tile.end - tile.begin + lanes_ - 1) / lanes_ * lanes_;
+    return tile.end - tile.begin;
   }
+  int64_t padded_pixels(int64_t i) const { return (pixels(i) + lanes_ - 1) / lanes_ * lanes_; }
 
  private:
   int64_t lanes_;
@@ -54,29 +55,48 @@ class TrainingTiles {
   int64_t pixels_, runs_, tiles_per_run_, size_;
 };
 
+// Output rows of a batch, counted on from image to image, in parts that do not depend on the number of threads either.
+class RowParts {
+ public:
+  // For `lines` jobs a part, each of which works on `line_bytes` of a pixel.
+  template <typename T>
+  RowParts(const SeparableParams<T>& conv, int64_t lines, int64_t line_bytes) : out_width_(conv.out_width) {
+    // What a job has made is in L2 when the statistics are taken of it.
+    constexpr int64_t kPartBytes = 128 * 1024, kJobs = 16;
+    const int64_t fitting = std::max<int64_t>(1, kPartBytes / (conv.out_width * line_bytes));
+    // Whole images read no row twice.
+    rows_ = fitting >= conv.out_height ? conv.out_height : 1;
+    units_ = conv.batch * conv.out_height / rows_;
+    count_ = std::min(units_, std::max((units_ * rows_ + fitting - 1) / fitting, (kJobs + lines - 1) / lines));
+  }
+  int64_t count() const { return count_; }
+  int64_t begin(int64_t i) const { return i * units_ / count_ * rows_; }
+  int64_t pixels(int64_t i) const { return (begin(i + 1) - begin(i)) * out_width_; }
+
+ private:
+  int64_t out_width_, rows_, units_, count_;
+};
+
 // Two sums a channel and tile: [tile][2][padded channels].
 using TileSums = std::vector<double>;
 
-// Mean and biased variance of each channel over all tiles (T. Chan, G. Golub, R. LeVeque, 1983, for more than two
-// parts).
-template <typename T>
-void merge_statistics(const TrainingTiles<T>& tiles, const TileSums& sums, int64_t padded, double* mean,
-                      double* variance) {
+// Mean and biased variance of each channel over all parts, which are tiles or rows (T. Chan, G. Golub, R. LeVeque,
+// 1983, for more than two of them).
+template <class Parts>
+void merge_statistics(const Parts& parts, const TileSums& sums, int64_t padded, double* mean, double* variance) {
   double count = 0;
   std::fill(mean, mean + padded, 0.0);
   std::fill(variance, variance + padded, 0.0);
-  for (int64_t i = 0; i < tiles.count(); ++i) {
-    const Tile tile = tiles[i];
-    const double pixels = double(tile.end - tile.begin);
+  for (int64_t i = 0; i < parts.count(); ++i) {
+    const double pixels = double(parts.pixels(i));
     const double* tile_mean = sums.data() + 2 * i * padded;
     count += pixels;
     for (int64_t c = 0; c < padded; ++c) mean[c] += pixels * tile_mean[c];
   }
   if (count == 0) return;
   for (int64_t c = 0; c < padded; ++c) mean[c] /= count;
-  for (int64_t i = 0; i < tiles.count(); ++i) {
-    const Tile tile = tiles[i];
-    const double pixels = double(tile.end - tile.begin);
+  for (int64_t i = 0; i < parts.count(); ++i) {
+    const double pixels = double(parts.pixels(i));
     const double *tile_mean = sums.data() + 2 * i * padded, *squares = tile_mean + padded;
     for (int64_t c = 0; c < padded; ++c) {
       const double apart = tile_mean[c] - mean[c];
@@ -146,6 +166,31 @@ class TrainingRun {
     if (mean != nullptr) merge_statistics(tiles_, sums, padded, mean, variance);
   }
 
+  // The taps of a depthwise convolution by itself, `reversed` for its backward.
+  void pack_taps(const T* weight, bool reversed) {
+    static thread_local Workspace workspace;
+    const SeparableParams<T>& conv = params.conv;
+    const int64_t size = kernels_.depthwise_map_packed_size(conv.in_channels, conv.kernel);
+    T* packed = static_cast<T*>(workspace.get(size_t(size) * sizeof(T)));
+    kernels_.pack_taps(weight, conv.in_channels, conv.kernel, reversed, packed);
+    params.conv.packed = packed;
+  }
+
+  // p of a depthwise convolution by itself, and its mean and biased variance unless `mean` is null.
+  void depthwise_map_forward(double* mean, double* variance) {
+    const int64_t channels = params.conv.in_channels, padded = padded_channels(channels);
+    const int64_t step = kernels_.line_channels, lines = (channels + step - 1) / step;
+    const RowParts parts(params.conv, lines, step * int64_t(sizeof(T)));
+    TileSums sums(mean == nullptr ? 0 : size_t(2 * padded * parts.count()));
+    for_each_job(parts.count() * lines, kernels_.depthwise_map_scratch_size(params), [&](int64_t job, T* scratch) {
+      const int64_t part = job / lines, begin = job % lines * step;
+      kernels_.depthwise_map_forward(params, parts.begin(part), parts.begin(part + 1), begin,
+                                     std::min(begin + step, channels), scratch,
+                                     mean == nullptr ? nullptr : sums.data() + 2 * part * padded);
+    });
+    if (mean != nullptr) merge_statistics(parts, sums, padded, mean, variance);
+  }
+
   void normalize() {
     for_each_tile([&](int64_t i, T*) { kernels_.normalize(params, tiles_[i]); });
   }
@@ -179,25 +224,17 @@ class TrainingRun {
 
   // The weight gradient [out_channels][in_channels] of a convolution whose rows are patches.
   void convolution_backward(T* grad_weight) {
-    static thread_local Workspace workspace;
     const SeparableParams<T>& conv = params.conv;
     const int64_t tiles = tiles_.count(), padded = padded_channels(conv.out_channels), size = conv.in_channels * padded;
     // Parts of the tiles side by side, of which each thread takes some: their number depends on sizes alone.
     constexpr int64_t kMostSums = 256 * 1024;
     const int64_t parts = std::min({kParts, std::max<int64_t>(1, kMostSums / size), tiles});
     std::vector<double> sums(size_t(std::max<int64_t>(1, parts) * size));
-    const int64_t workers = std::min(parts, threads_);
     const int64_t scratch_size =
-        rounded(kernels_.convolution_scratch_size(conv.in_channels, conv.out_channels, tiles_.most_pixels()));
-    T* const scratch = static_cast<T*>(workspace.get(size_t(workers * scratch_size) * sizeof(T)));
-    parallel_for_(workers, [&](int64_t first, int64_t last) {
-      for (int64_t worker = first; worker < last; ++worker) {
-        for (int64_t part = worker * parts / workers; part < (worker + 1) * parts / workers; ++part) {
-          for (int64_t i = part * tiles / parts; i < (part + 1) * tiles / parts; ++i) {
-            kernels_.convolution_backward(params, tiles_[i], scratch + worker * scratch_size,
-                                          sums.data() + part * size);
-          }
-        }
+        kernels_.convolution_scratch_size(conv.in_channels, conv.out_channels, tiles_.most_pixels());
+    for_each_job(parts, scratch_size, [&](int64_t part, T* scratch) {
+      for (int64_t i = part * tiles / parts; i < (part + 1) * tiles / parts; ++i) {
+        kernels_.convolution_backward(params, tiles_[i], scratch, sums.data() + part * size);
       }
     });
     for (int64_t part = 1; part < parts; ++part) {
@@ -210,9 +247,8 @@ class TrainingRun {
     }
   }
 
-  // grad_x where params has it; the weight gradient [in_channels][9] unless it is null.
+  // grad_x where params has it; the weight gradient [in_channels][taps] unless it is null.
   void depthwise_backward(T* grad_weight) {
-    static thread_local Workspace workspace;
     const SeparableParams<T>& conv = params.conv;
     const int64_t channels = conv.in_channels, padded = padded_channels(channels);
     const int64_t step = kernels_.depthwise_backward_channels(conv.channels_last);
@@ -220,26 +256,22 @@ class TrainingRun {
     // Images in so many parts that there is enough to share out, whatever the number of threads.
     constexpr int64_t kJobs = 16;
     const int64_t parts = std::min(conv.batch, (kJobs + groups - 1) / groups), jobs = parts * groups;
-    std::vector<double> sums(grad_weight == nullptr ? 0 : size_t(parts * 9 * padded));
-    const int64_t scratch_size = (kernels_.depthwise_backward_scratch_size(params) + 15) / 16 * 16;
-    const int64_t workers = std::min(jobs, threads_);
-    T* const scratch = static_cast<T*>(workspace.get(size_t(workers * scratch_size) * sizeof(T)));
-    parallel_for_(workers, [&](int64_t first, int64_t last) {
-      for (int64_t worker = first; worker < last; ++worker) {
-        for (int64_t job = worker * jobs / workers; job < (worker + 1) * jobs / workers; ++job) {
-          const int64_t part = job / groups, begin = job % groups * step;
-          kernels_.depthwise_backward(params, part * conv.batch / parts, (part + 1) * conv.batch / parts, begin,
-                                      std::min(begin + step, channels), scratch + worker * scratch_size,
-                                      grad_weight == nullptr ? nullptr : sums.data() + part * 9 * padded);
-        }
-      }
+    const int64_t taps = conv.kernel * conv.kernel, size = taps * padded;
+    std::vector<double> sums(grad_weight == nullptr ? 0 : size_t(parts * size));
+    for_each_job(jobs, kernels_.depthwise_backward_scratch_size(params), [&](int64_t job, T* scratch) {
+      const int64_t part = job / groups, begin = job % groups * step;
+      kernels_.depthwise_backward(params, part * conv.batch / parts, (part + 1) * conv.batch / parts, begin,
+                                  std::min(begin + step, channels), scratch,
+                                  grad_weight == nullptr ? nullptr : sums.data() + part * size);
     });
     if (grad_weight == nullptr) return;
     for (int64_t part = 1; part < parts; ++part) {
-      for (int64_t i = 0; i < 9 * padded; ++i) sums[size_t(i)] += sums[size_t(part * 9 * padded + i)];
+      for (int64_t i = 0; i < size; ++i) sums[size_t(i)] += sums[size_t(part * size + i)];
     }
     for (int64_t c = 0; c < channels; ++c) {
-      for (int64_t t = 0; t < 9; ++t) grad_weight[9 * c + t] = parts == 0 ? T(0) : T(sums[size_t(t * padded + c)]);
+      for (int64_t t = 0; t < taps; ++t) {
+        grad_weight[taps * c + t] = parts == 0 ? T(0) : T(sums[size_t(t * padded + c)]);
+      }
     }
   }
 
@@ -345,15 +377,20 @@ class TrainingRun {
   // f(tile, scratch) for tiles [begin, end).
   template <class F>
   void for_each(int64_t begin, int64_t end, const F& f) {
+    for_each_job(end - begin, tile_scratch_size(begin, end), [&](int64_t job, T* scratch) { f(begin + job, scratch); });
+  }
+
+  // f(job, scratch) for every job, each with `scratch_size` elements that are its thread's.
+  template <class F>
+  void for_each_job(int64_t jobs, int64_t scratch_size, const F& f) {
     static thread_local Workspace workspace;
-    const int64_t jobs = end - begin, workers = std::min(jobs, threads_);
+    const int64_t workers = std::min(jobs, threads_), size = rounded(scratch_size);
     if (jobs == 0) return;
-    const int64_t size = tile_scratch_size(begin, end);
     T* const scratch = static_cast<T*>(workspace.get(size_t(workers * size) * sizeof(T)));
     parallel_for_(workers, [&](int64_t first, int64_t last) {
       for (int64_t worker = first; worker < last; ++worker) {
         for (int64_t job = worker * jobs / workers; job < (worker + 1) * jobs / workers; ++job) {
-          f(begin + job, scratch + worker * size);
+          f(job, scratch + worker * size);
         }
       }
     });

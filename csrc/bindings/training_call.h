@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 #include "norm.h"
 #include "run_training.h"
@@ -119,7 +120,7 @@ class KeptInput {
                         normalization->scalar_type() == kScalarType<T>,
                     "x_normalization must be a contiguous CPU tensor of shape [4, ", channels, "] and the dtype of x");
     const T code = normalization->const_data_ptr<T>()[3 * channels];
-    STD_TORCH_CHECK(code < 0 || code == T(0) || code == T(1) || code == T(2) || code == T(3),
+    STD_TORCH_CHECK(code < 0 || (code <= T(kLastTrainedActivation) && code == std::floor(code)),
                     "row 3 of x_normalization must hold the code of an activation, or -1");
     return code >= 0;
   }

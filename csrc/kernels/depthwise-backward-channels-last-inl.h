@@ -4,42 +4,10 @@
 // one kernel, gx from the forward's, for a group of channels of one image.
 #pragma once
 
-#include "gradient-rows-inl.h"
+#include "gradient-groups-inl.h"
 
 namespace fusedsep {
 namespace {
-
-// Scratch of a group of channels: rows of x with zeros for the padding, and rows of gd as the transposed convolution
-// reads them. Both keep as many rows as are in use, each as [vector of channels][column][kLanes]: neighbouring columns
-// of a vector are neighbours in memory, however many channels the maps have, and no column needs a check.
-template <class V>
-struct GroupScratch {
-  using T = typename V::T;
-  int64_t vectors;
-  int64_t x_rows, x_columns, x_pitch;     // pitch: elements of a row
-  int64_t gd_rows, gd_columns, gd_pitch;  // of gd, spread
-  int64_t gd_first;                       // where column 0 of gd is
-  int64_t line = 0, taps, x, gd, size;
-
-  GroupScratch(const SeparableParams<T>& conv, int64_t channels) : vectors(ceil_div(channels, V::kLanes)) {
-    constexpr int64_t L = V::kLanes;
-    const int64_t extent = 2 * conv.dilation + 1, spread = spread_width(conv);
-    x_rows = min_of(conv.height, extent);
-    x_columns = spread + extent - 1;
-    x_pitch = vectors * x_columns * L;
-    gd_rows = kept_rows(conv);
-    gd_first = max_of(0, transposed(conv).pad_left);
-    // Columns that only the padding reaches stand in front of the first one that gx reads, or behind the last.
-    gd_columns = max_of(gd_first + spread, first_of_gx(conv) + conv.width + extent - 1);
-    gd_pitch = vectors * gd_columns * L;
-    taps = line + Tiling<V>::kTileRows * L;
-    x = taps + vectors * 9 * L;
-    gd = x + x_rows * x_pitch;
-    size = gd + gd_rows * gd_pitch;
-  }
-  // The column of the kept rows where the taps of column 0 of gx begin.
-  static int64_t first_of_gx(const SeparableParams<T>& conv) { return max_of(0, -transposed(conv).pad_left); }
-};
 
 // Up to kTileRows neighbouring output pixels of one row, one vector of channels.
 template <class V>
@@ -126,49 +94,10 @@ struct GradientKernels {
   }
 };
 
-// So many segments are added up in T before the sums go on in double.
-constexpr int64_t kChainedSegments = 16;
-
-// Moves the sums of nine taps to sums[t * pitch].
-template <class V>
-FUSEDSEP_INLINE void add_taps(typename V::T* taps, double* sums, int64_t pitch) {
-  for (int t = 0; t < 9; ++t) {
-    V::load(taps + t * V::kLanes).accumulate(sums + t * pitch);
-    V::zero().store(taps + t * V::kLanes);
-  }
-}
-
-// Row `i` of x for the group of channels from `begin` on, into a row of the scratch, where the padding is zero already.
-template <class V>
-void keep_row(const TrainingParams<typename V::T>& p, const typename V::T* image, int64_t i, int64_t begin,
-              const GroupScratch<V>& layout, typename V::T* row) {
-  constexpr int64_t L = V::kLanes;
-  const auto& conv = p.conv;
-  const int64_t channels = conv.in_channels, columns = min_of(conv.width, layout.x_columns - conv.pad_left);
-  const auto* from = image + i * conv.width * channels + begin;
-  row += conv.pad_left * L;
-  for (int64_t v = 0; v < layout.vectors; ++v) {
-    const int64_t lanes = channels - begin - v * L;
-    const auto mask = V::mask(0, lanes);
-    auto* to = row + v * layout.x_columns * L;
-    const auto load = [&](int64_t j) {
-      const auto* x = from + j * channels + v * L;
-      __builtin_prefetch(x + conv.width * channels, 0, 2);  // what the next row reads
-      return lanes >= L ? V::load(x) : V::load(x, mask);
-    };
-    if (p.x_affine.center == nullptr) {
-      for (int64_t j = 0; j < columns; ++j) load(j).store(to + j * L);
-    } else {
-      const StripAffine<V, true> affine(p.x_affine, Strip{begin + v * L, 0, 0, 0, false});
-      for (int64_t j = 0; j < columns; ++j) activate(p.x_activation, affine(load(j))).store(to + j * L);
-    }
-  }
-}
-
 // Channels [begin, end) of one image. The zeros of the scratch are there already; `pending` segments have been added to
 // its sums of taps since those went to `sums`.
 template <class V>
-void depthwise_backward_channels_last(const TrainingParams<typename V::T>& p, int64_t image, int64_t begin, int64_t end,
+void depthwise_backward_channels_last(const TrainingParams<typename V::T>& p, int64_t image, int64_t begin,
                                       const GroupScratch<V>& layout, typename V::T* scratch, double* sums,
                                       int64_t& pending) {
   using T = typename V::T;
@@ -185,7 +114,6 @@ void depthwise_backward_channels_last(const TrainingParams<typename V::T>& p, in
   const bool stream = streams<V, true>(p.grad_x, channels, conv.batch * conv.height * conv.width);
 
   // Rows of gx read kept rows at stride 1.
-  const int64_t gx_blocks = block_count(conv.width, kRows);
   const Taps gx_taps = conv.dilation == 1 ? Taps::kUnit : Taps::kInside;
   const auto grad_x_row = [&](int64_t i) {
     Segment<T> segment{};
@@ -195,32 +123,12 @@ void depthwise_backward_channels_last(const TrainingParams<typename V::T>& p, in
     segment.activation = Activation::kNone;
     const T* row[3];
     for (int u = 0; u < 3; ++u) row[u] = row_of_gd(conv, scratch + layout.gd, layout.gd_pitch, i, u);
-    const auto grad_x_segment = [&](int64_t v, const Block& block) {
-      const int64_t c = begin + v * L;
-      const auto mask = V::mask(0, channels - c);
+    write_grad_x_row<V>(p, image, i, begin, layout, scratch, kRows, stream, [&](int64_t v, const Block& block) {
       const int64_t first = v * layout.gd_columns + GroupScratch<V>::first_of_gx(conv) + block.begin;
       for (int u = 0; u < 3; ++u) segment.row[u] = row[u] == nullptr ? nullptr : row[u] + first * L;
-      T* line = scratch + layout.line;
-      kBackKernels.table[int(gx_taps)][block.size - 1](segment, 0, all, reversed + 10 * c, line);
-      T* out = p.grad_x + ((image * conv.height + i) * conv.width + block.begin) * channels + c;
-      for (int64_t m = 0; m < block.size; ++m) {
-        if (stream) {
-          V::load(line + m * L).stream(out + m * channels);
-        } else {
-          V::load(line + m * L).store(out + m * channels, mask);
-        }
-      }
-    };
-    // Where a vector is a part of a line, the parts of a line follow each other block by block: stored past the caches,
-    // a line that is not whole soon leaves in pieces.
-    constexpr int64_t kLineVectors = max_of(1, 64 / int64_t(sizeof(V)));
-    for (int64_t line_begin = 0; line_begin < layout.vectors; line_begin += kLineVectors) {
-      const int64_t line_end = min_of(line_begin + kLineVectors, layout.vectors);
-      for (int64_t b = 0; b < gx_blocks; ++b) {
-        const Block block = block_at(conv.width, gx_blocks, b);
-        for (int64_t v = line_begin; v < line_end; ++v) grad_x_segment(v, block);
-      }
-    }
+      kBackKernels.table[int(gx_taps)][block.size - 1](segment, 0, all, reversed + 10 * (begin + v * L),
+                                                       scratch + layout.line);
+    });
   };
 
   const int64_t blocks = block_count(conv.out_width, kRows);
@@ -263,7 +171,7 @@ void depthwise_backward_channels_last(const TrainingParams<typename V::T>& p, in
         segment.gd = kept + (layout.gd_first + block.begin * conv.stride) * L;
         kKernels.table[int(taps)][block.size - 1](segment);
         if (sums == nullptr || ++added < kChainedSegments) continue;
-        add_taps<V>(segment.taps, sums + c, round_up(channels, 16));
+        add_taps<V>(segment.taps, 9, sums + c, round_up(channels, 16));
         added = 0;
       }
     }

@@ -5,6 +5,7 @@
 
 #include "depthwise-backward-channels-last-inl.h"
 #include "depthwise-backward-nchw-inl.h"
+#include "depthwise-map-backward-inl.h"
 
 namespace fusedsep {
 namespace {
@@ -31,11 +32,16 @@ void depthwise_backward(const TrainingParams<typename V::T>& p, int64_t first_im
     for (int64_t i = 0; i < layout.size; ++i) scratch[i] = 0;
     int64_t pending = 0;
     for (int64_t image = first_image; image < last_image; ++image) {
-      depthwise_backward_channels_last<V>(p, image, begin, end, layout, scratch, sums, pending);
+      if (p.conv.rows == Rows::kDepthwiseMap) {
+        depthwise_map_backward<V>(p, image, begin, layout, scratch, sums, pending);
+      } else {
+        depthwise_backward_channels_last<V>(p, image, begin, layout, scratch, sums, pending);
+      }
     }
+    const int64_t taps = p.conv.kernel * p.conv.kernel;
     for (int64_t v = 0; v < layout.vectors && sums != nullptr; ++v) {
       constexpr int64_t L = V::kLanes;
-      add_taps<V>(scratch + layout.taps + 9 * v * L, sums + begin + v * L, round_up(p.conv.in_channels, 16));
+      add_taps<V>(scratch + layout.taps + taps * v * L, taps, sums + begin + v * L, round_up(p.conv.in_channels, 16));
     }
     return;
   }

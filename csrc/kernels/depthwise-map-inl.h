@@ -135,7 +135,7 @@ void keep_map_row(const SeparableParams<typename V::T>& p, const typename V::T* 
     const auto* from = image + i * p.width * channels + begin + v * L;
     auto* to = row + (v * rows.columns + p.pad_left) * L;
     for (int64_t j = 0; j < columns; ++j, from += channels, to += L) {
-      __builtin_prefetch(from + p.width * channels, 0, 3);  // what the next row reads
+      __builtin_prefetch(from + p.width * channels, 0, 2);  // what the next row reads
       (lanes >= L ? V::load(from) : V::load(from, mask)).store(to);
     }
   }

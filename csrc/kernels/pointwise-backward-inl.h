@@ -23,7 +23,7 @@ void normalize_backward_reduce(const TrainingParams<typename V::T>& p, const Til
     V sum = V::zero(), moment = V::zero();
     for (int64_t i = 0; i < strip.count; ++i) {
       const V value = values.load_streaming(strip, i), gradient_y = gradients.load_streaming(strip, i);
-      const V g = activation_gradient(p.pointwise_activation, affine(value), gradient_y);
+      const V g = activation_gradient_any(p.pointwise_activation, affine(value), gradient_y);
       sum = V::add(sum, g);
       moment = V::fma(g, V::sub(value, affine.center), moment);
     }
@@ -58,7 +58,7 @@ void product_gradient(const TrainingParams<typename V::T>& p, const Tile& tile, 
     const StripCorrection<V, kChannelsLast> corrected(p.correction2, strip);
     for (int64_t i = 0; i < strip.count; ++i) {
       const V value = values.load_streaming(strip, i), gradient_y = gradients.load_streaming(strip, i);
-      const V g = activation_gradient(p.pointwise_activation, affine(value), gradient_y);
+      const V g = activation_gradient_any(p.pointwise_activation, affine(value), gradient_y);
       const V gradient = V::mul(affine.scale, corrected(g, V::sub(value, affine.center)));
       counted<V, kChannelsLast>(strip, i, gradient).store(out.at(i));
     }
@@ -181,7 +181,7 @@ void pointwise_backward(const TrainingParams<typename V::T>& p, const Tile& tile
           moment = V::fma(g, V::sub(value, affine.center), moment);
         }
         if (gradient == nullptr) continue;
-        const V h = counted<V, kChannelsLast>(strip, i, activate(p.activation, u));
+        const V h = counted<V, kChannelsLast>(strip, i, activate_any(p.activation, u));
         if constexpr (kChannelsLast) {
           h.store(gradient_column<V>(*gradient, in_channels, strip.channel, offset + strip.pixel + i));
         } else {

@@ -4,8 +4,7 @@
 // them fits into the registers beside the accumulators of a product.
 #pragma once
 
-#include "separable.h"
-#include "vec.h"
+#include "activation-inl.h"
 
 namespace fusedsep {
 namespace {
@@ -79,6 +78,22 @@ FUSEDSEP_INLINE V activate_stored(Activation activation, V x) {
 
 // Whether it is applied by the pass below, and not where the map is computed.
 FUSEDSEP_INLINE bool is_stored_first(Activation activation) { return activation >= Activation::kSilu; }
+
+// Any activation, where registers are free.
+template <class V>
+FUSEDSEP_INLINE V activate_any(Activation activation, V x) {
+  return is_stored_first(activation) ? activate_stored(activation, x) : activate(activation, x);
+}
+
+// g * act'(x), lane by lane, where registers are free; of those here SiLU alone, whose derivative is
+// s * (1 + x * (1 - s)), s = 1 / (1 + exp(-x)).
+template <class V>
+FUSEDSEP_INLINE V activation_gradient_any(Activation activation, V x, V g) {
+  if (activation != Activation::kSilu) return activation_gradient(activation, x, g);
+  const V one = V::broadcast(typename V::T(1));
+  const V s = V::div(one, V::add(one, exp(V::sub(V::zero(), x))));
+  return V::mul(g, V::mul(s, V::fma(x, V::sub(one, s), one)));
+}
 
 // y = act(y), over `rows` rows of `count` elements.
 template <class V>

@@ -6,6 +6,7 @@
 #include "convolution-inl.h"
 #include "depthwise-inl.h"
 #include "pointwise-inl.h"
+#include "sigmoid-inl.h"
 #include "strips-inl.h"
 #include "training.h"
 
@@ -238,7 +239,7 @@ SeparableParams<typename V::T> with_input(const TrainingParams<typename V::T>& p
     const auto to = in_map<V, true>(scratch, channels, strip);
     const StripAffine<V, true> affine(params.x_affine, strip);
     for (int64_t i = 0; i < strip.count; ++i) {
-      to.store(strip, i, activate(params.x_activation, affine(from.load_streaming(strip, i))));
+      to.store(strip, i, activate_any(params.x_activation, affine(from.load_streaming(strip, i))));
     }
   });
   conv.x = scratch - range.begin * channels;
@@ -357,7 +358,7 @@ void normalize(const TrainingParams<typename V::T>& p, const Tile& tile) {
     const auto from = in_map<V, kChannelsLast>(product, pitch, strip), to = in_map<V, kChannelsLast>(y, pitch, strip);
     const StripAffine<V, kChannelsLast> affine(p.affine2, strip);
     for (int64_t i = 0; i < strip.count; ++i) {
-      to.store(strip, i, activate(p.pointwise_activation, affine(from.load_streaming(strip, i))), stream);
+      to.store(strip, i, activate_any(p.pointwise_activation, affine(from.load_streaming(strip, i))), stream);
     }
   });
   if (stream) V::fence();

@@ -49,6 +49,11 @@ TrainingKernels<typename V::T> training_kernels() {
   kernels.weight_gradient = weight_gradient<V>;
   kernels.convolution_scratch_size = convolution_scratch_size<V>;
   kernels.convolution_backward = convolution_backward<V>;
+  kernels.depthwise_map_packed_size = depthwise_map_packed_size<V>;
+  kernels.pack_taps = pack_taps<V>;
+  kernels.depthwise_map_scratch_size = [](const Params& p) { return depthwise_map_scratch_size<V>(p.conv); };
+  kernels.line_channels = kLineVectors<V> * V::kLanes;
+  kernels.depthwise_map_forward = depthwise_map_forward<V>;
   kernels.depthwise_backward_channels = depthwise_backward_channels<V>;
   kernels.depthwise_backward_scratch_size = depthwise_backward_scratch_size<V>;
   kernels.depthwise_backward = depthwise_backward<V>;

@@ -22,6 +22,9 @@
 // So is a whole 3x3 convolution of few channels, Rows::kPatches of separable.h, in channels_last: h is the patches,
 // which are read where they lie in x, and gW2[o,k] = sum over n of gp[o] * x at tap k. x, an image, has no gradient.
 //
+// And so is a depthwise convolution alone, Rows::kDepthwiseMap, in channels_last: p is the depthwise map, y = act2(t),
+// and gp takes the place of gd. p is kept, and nothing is computed again.
+//
 // With statistics of the batch slope = S2 / (n * (var + eps)) and offset = S1 / n (S. Ioffe, C. Szegedy,
 // "Batch Normalization", 2015, section 3); otherwise both are zero. In the backward only p and g1 are maps in memory: d
 // is computed from x again, which is read anyway, and h, gp and gd are tiles alone.
@@ -144,11 +147,22 @@ struct TrainingKernels {
   int64_t (*convolution_scratch_size)(int64_t in_channels, int64_t out_channels, int64_t pixels);
   void (*convolution_backward)(const TrainingParams<T>& params, const Tile& tile, T* scratch, double* sums);
 
+  // Rows::kDepthwiseMap. Taps [channels][kernel][kernel] for its forward, or `reversed` for its backward.
+  int64_t (*depthwise_map_packed_size)(int64_t channels, int64_t kernel);
+  void (*pack_taps)(const T* weight, int64_t channels, int64_t kernel, bool reversed, T* packed);
+  // p, as depthwise_map of separable.h computes it; its mean and squared differences to sums[0][c], sums[1][c], rows of
+  // padded channels, unless `sums` is null.
+  int64_t line_channels;
+  int64_t (*depthwise_map_scratch_size)(const TrainingParams<T>& params);
+  void (*depthwise_map_forward)(const TrainingParams<T>& params, int64_t row_begin, int64_t row_end,
+                                int64_t channel_begin, int64_t channel_end, T* scratch, double* sums);
+
   // Channels of one job of depthwise_backward: a multiple of `lanes` in channels_last, one in NCHW.
   int64_t (*depthwise_backward_channels)(bool channels_last);
   int64_t (*depthwise_backward_scratch_size)(const TrainingParams<T>& params);
   // grad_x of channels [begin, end) of images [first_image, last_image), and their part of the depthwise weight
-  // gradient, added to sums[3 * u + v][c], where `sums` is not null. From g1, x and correction1.
+  // gradient, added to sums[kernel * u + v][c], where `sums` is not null. From g1, x and correction1; for
+  // Rows::kDepthwiseMap from grad_y, p, x and correction2.
   void (*depthwise_backward)(const TrainingParams<T>& params, int64_t first_image, int64_t last_image, int64_t begin,
                              int64_t end, T* scratch, double* sums);
 };

@@ -94,8 +94,9 @@ class Analysis:
         modules = dict(root.named_modules(remove_duplicate=False))
         chains, reasons = find_chains(graph, modules)
         calls = [modules[node.target] for node in graph.nodes if node.op == "call_module"]
-        if not any(isinstance(chain, Chain) for chain in chains) and not any(map(is_block, calls)):
-            chains = []
+        heads = [modules[chain.dw.target if isinstance(chain, Chain) else chain.conv.target] for chain in chains]
+        if not any(map(is_depthwise, heads)) and not any(map(is_block, calls)):
+            chains = []  # only pointwise ones: not the network that this is for
         inline: dict[nn.Module, set[nn.Module]] = {}
         forms: dict[nn.Module, CallForm] = {}
         for chain in chains:

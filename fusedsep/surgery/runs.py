@@ -24,7 +24,7 @@ from .dropouts import call_passes_on, passes_on
 from .gates import gate_behind
 from .heads import head_behind, only_reader
 from .program import FusedSite
-from .sites import input_of, is_first_convolution, is_plain_pointwise, zero_pads
+from .sites import input_of, is_depthwise_map, is_first_convolution, is_plain_pointwise, zero_pads
 
 _ADD = {operator.add, torch.add, "add"}
 _ADD_IN_PLACE = {operator.iadd, "add_"}
@@ -311,18 +311,6 @@ def own_pads(conv: nn.Conv2d) -> Pads | Literal["same"] | None:
         return read_padding(conv, gradients=False)  # chains have none
     except PaddingUnknown:
         return None
-
-
-def is_depthwise_map(conv: nn.Module | None) -> bool:
-    """Whether there is a kernel for ``conv``, a depthwise convolution by itself, whatever its forward does besides."""
-    return (
-        isinstance(conv, nn.Conv2d)
-        and conv.groups == conv.in_channels == conv.out_channels > 1
-        and conv.kernel_size[0] == conv.kernel_size[1] in (3, 5, 7)
-        and conv.stride[0] == conv.stride[1] <= 2
-        and tuple(conv.dilation) == (1, 1)
-        and conv.padding_mode == "zeros"
-    )
 
 
 def modules_of(nodes: list[fx.Node], modules: dict[str, nn.Module]) -> list[nn.Module]:

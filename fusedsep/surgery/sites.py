@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,11 +11,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import fx
 
-from .._activations import ACTIVATION_CODES
+from .._activations import ACTIVATION_CODES, CONVOLUTION_ACTIVATION_CODES
 from .._compat import is_patched_convolution, is_plain_convolution
 from .._padding import NO_PADS, Pads, convolution_pads, pad_map, sum_of_pads
 from .._structure import why_not_depthwise, why_not_pointwise
-from .activations import activation_of_function, activation_of_module, arguments_of, composed_hardswish
+from .activations import (
+    activation_of_function,
+    activation_of_module,
+    arguments_of,
+    composed_activation,
+    composed_hardswish,
+)
 from .batch_norms import NotABatchNorm, is_batch_norm, read_batch_norm
 from .convolutions import PaddingUnknown, read_padding
 from .dropouts import call_passes_on, passes_on
@@ -26,6 +32,9 @@ _MOST_CHANNELS = 8
 
 class Chain:
     """One site in a graph: the nodes it covers, and what they compute."""
+
+    #: Those that have kernels there.
+    activations = ACTIVATION_CODES
 
     def __init__(self, depthwise: fx.Node) -> None:
         self.nodes = [depthwise]
@@ -54,10 +63,12 @@ class Chain:
 
 
 class ConvolutionChain:
-    """A convolution, a BN and perhaps an activation that belong to no site: a pointwise one, or one of an image.
+    """A convolution, a BN and perhaps an activation that belong to no site.
 
-    The other names are those of :class:`Chain`.
+    A pointwise convolution, a depthwise one, or one of an image. The other names are those of :class:`Chain`.
     """
+
+    activations = CONVOLUTION_ACTIVATION_CODES
 
     def __init__(self, conv: fx.Node) -> None:
         self.nodes = [conv]
@@ -118,7 +129,9 @@ def _convolution_chains(
         if node.op != "call_module" or node in covered or input_of(node) is None:
             continue
         module = modules[node.target]
-        fits = is_plain_pointwise(module) or (is_first_convolution(module) and is_plain_convolution(module))
+        fits = is_plain_pointwise(module) or (
+            (is_first_convolution(module) or is_depthwise_map(module)) and is_plain_convolution(module)
+        )
         if not fits or node.all_input_nodes != [input_of(node)]:
             continue
         chain = ConvolutionChain(node)
@@ -163,6 +176,18 @@ def is_first_convolution(conv: nn.Module | None) -> bool:
         and conv.in_channels <= _MOST_CHANNELS
         and conv.stride[0] == conv.stride[1] <= 2
         and conv.dilation[0] == conv.dilation[1]
+        and conv.padding_mode == "zeros"
+    )
+
+
+def is_depthwise_map(conv: nn.Module | None) -> bool:
+    """Whether there is a kernel for ``conv``, a depthwise convolution by itself, whatever its forward does besides."""
+    return (
+        isinstance(conv, nn.Conv2d)
+        and conv.groups == conv.in_channels == conv.out_channels > 1
+        and conv.kernel_size[0] == conv.kernel_size[1] in (3, 5, 7)
+        and conv.stride[0] == conv.stride[1] <= 2
+        and tuple(conv.dilation) == (1, 1)
         and conv.padding_mode == "zeros"
     )
 
@@ -242,16 +267,16 @@ def _follow_after(conv: fx.Node, chain: Chain | ConvolutionChain, modules: dict[
     current = conv
     activated = False
     while not activated:
-        spelled_out = composed_hardswish(current, modules)
-        if spelled_out is not None:
-            chain.nodes += [*passed_on, *spelled_out]
-            chain.pointwise_activation = "hardswish"
+        spelled_out = composed_activation(current, modules)
+        if spelled_out is not None and spelled_out[1] in chain.activations:
+            chain.nodes += [*passed_on, *spelled_out[0]]
+            chain.pointwise_activation = spelled_out[1]
             return
         if len(current.users) != 1:
             return
         reader = next(iter(current.users))
         try:
-            step = _read(reader, current, modules)
+            step = _read(reader, current, modules, chain.activations)
         except NotASite:
             return
         if step.kind == "bn" and chain.bn2 is None:
@@ -329,8 +354,10 @@ def _only_reader(node: fx.Node) -> fx.Node:
     raise NotASite(f"several operations read the map of {node.name}: {', '.join(reader.name for reader in readers)}")
 
 
-def _read(node: fx.Node, source: fx.Node, modules: dict[str, nn.Module]) -> _Step:
-    """What ``node`` does with ``source``."""
+def _read(
+    node: fx.Node, source: fx.Node, modules: dict[str, nn.Module], activations: Collection[str] = ACTIVATION_CODES
+) -> _Step:
+    """What ``node`` does with ``source``; of activations, ``activations`` are known."""
     if node.op == "output":
         return _Step("end", text="its map is returned")
     if node.all_input_nodes != [source] or input_of(node) is not source:
@@ -338,9 +365,9 @@ def _read(node: fx.Node, source: fx.Node, modules: dict[str, nn.Module]) -> _Ste
     if _passes_on(node, source, modules):
         return _Step("passed_on")
     if node.op == "call_module":
-        return _read_module(node.target, modules[node.target])
+        return _read_module(node.target, modules[node.target], activations)
     activation = activation_of_function(node)
-    known = activation in ACTIVATION_CODES
+    known = activation in activations
     return _Step("activation", activation, activation) if known else _Step("other", text=node.name)
 
 
@@ -357,7 +384,7 @@ def _passes_on(node: fx.Node, source: fx.Node, modules: dict[str, nn.Module]) ->
     return passes_on(modules[node.target]) if node.op == "call_module" else call_passes_on(node)
 
 
-def _read_module(path: str, module: nn.Module) -> _Step:
+def _read_module(path: str, module: nn.Module, activations: Collection[str]) -> _Step:
     described = f"{type(module).__name__} ({path})"
     if "forward" in vars(module):
         return _Step("other", text=described)
@@ -366,7 +393,7 @@ def _read_module(path: str, module: nn.Module) -> _Step:
             activation = read_batch_norm(module)
         except NotABatchNorm as reason:
             raise NotASite(f"{described}: {reason}") from None
-        if activation not in ACTIVATION_CODES:
+        if activation not in activations:
             raise NotASite(f"{described}: applies {activation}")
         return _Step("bn", activation, described)
     if isinstance(module, nn.Conv2d):
@@ -376,7 +403,7 @@ def _read_module(path: str, module: nn.Module) -> _Step:
             else _Step("pointwise")
         )
     activation = activation_of_module(module)
-    known = activation in ACTIVATION_CODES
+    known = activation in activations
     return _Step("activation", activation, described) if known else _Step("other", text=described)
 
 
