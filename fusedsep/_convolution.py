@@ -8,6 +8,8 @@ largest of a block; the depthwise convolution with squeeze-and-excitation behind
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,7 +23,7 @@ from ._ops import (
     DepthwiseSettings,
     PointwiseSettings,
 )
-from ._padding import convolution_pads, output_size
+from ._padding import NO_PADS, Pads, convolution_pads, output_size, resolve_padding
 from ._running_statistics import update_running_statistics
 
 #: Numbers in the output from which on the passes that are saved are worth more than what a call costs: a step of one
@@ -45,6 +47,9 @@ class ConvNormActivation:
         #: As in :class:`fusedsep._separable.SeparableConv`.
         self.norm_forwards = frozenset({nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward})
         self.training_norm_forwards = self.norm_forwards
+        #: The class of a convolution whose own forward adds ``carried_pad``.
+        self.self_padding_class: type[nn.Conv2d] | None = None
+        self.carried_pad: Pads | Literal["same"] = NO_PADS
 
     def __call__(self, x: torch.Tensor, conv: nn.Conv2d, bn: _BatchNorm) -> torch.Tensor:
         """Run it.
@@ -68,7 +73,7 @@ class ConvNormActivation:
         if _is_pointwise(conv):
             run, settings = _ops.pointwise_conv2d_training, PointwiseSettings(mode, eps, code, channels_last)
         else:
-            geometry = conv.stride[0], conv.dilation[0], *convolution_pads(conv)
+            geometry = conv.stride[0], conv.dilation[0], *self._pads(x, conv)
             if _is_depthwise(conv):
                 run, kind = _ops.depthwise_conv2d_training, DepthwiseSettings
             else:
@@ -93,8 +98,8 @@ class ConvNormActivation:
             and x.dim() == 4
             and x.shape[1] == conv.in_channels
             and (_reads_maps(conv) or not (x.requires_grad and torch.is_grad_enabled()))
-            and _is_worth_a_call(x, conv)
-            and _compat.is_plain_convolution(conv)
+            and self._is_worth_a_call(x, conv)
+            and (_compat.is_plain_convolution(conv) or _kernel_path.pads_itself(self, conv))
             and not _compat.has_hooks(conv)
             and _kernel_path.covers_norm(self, bn)
             and _sync.process_group(bn) is None
@@ -106,6 +111,28 @@ class ConvNormActivation:
             ):
                 return operands
         return None
+
+    def _pads(self, x: torch.Tensor, conv: nn.Conv2d) -> Pads:
+        """All zeros around ``x``."""
+        if type(conv) is not self.self_padding_class:
+            return convolution_pads(conv)
+        geometry = conv.stride[0], conv.dilation[0], conv.kernel_size[0]
+        return resolve_padding(self.carried_pad, *x.shape[2:], *geometry)
+
+    def _is_worth_a_call(self, x: torch.Tensor, conv: nn.Conv2d) -> bool:
+        """Whether the kernel fits, there is more than one value a channel, and the map is large enough."""
+        height, width = x.shape[2:]
+        if not _is_pointwise(conv):
+            if min(height, width) < 1:
+                return False
+            pads = self._pads(x, conv)
+            geometry = conv.stride[0], conv.dilation[0], conv.kernel_size[0]
+            height = output_size(height, pads.top, pads.bottom, *geometry)
+            width = output_size(width, pads.left, pads.right, *geometry)
+            if min(height, width) < 1:
+                return False
+        values = x.shape[0] * height * width
+        return values > 1 and values * conv.out_channels >= LEAST_NUMBERS
 
     def __repr__(self) -> str:
         return f"ConvNormActivation({self.activation})"
@@ -126,17 +153,3 @@ def _reads_maps(conv: nn.Conv2d) -> bool:
 
 def _is_channels_last(weight: torch.Tensor) -> bool:
     return not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
-
-
-def _is_worth_a_call(x: torch.Tensor, conv: nn.Conv2d) -> bool:
-    """Whether the kernel fits, there is more than one value a channel, and the map is large enough."""
-    height, width = x.shape[2:]
-    if not _is_pointwise(conv):
-        pads = convolution_pads(conv)
-        geometry = conv.stride[0], conv.dilation[0], conv.kernel_size[0]
-        height = output_size(height, pads.top, pads.bottom, *geometry)
-        width = output_size(width, pads.left, pads.right, *geometry)
-        if min(*x.shape[2:], height, width) < 1:
-            return False
-    values = x.shape[0] * height * width
-    return values > 1 and values * conv.out_channels >= LEAST_NUMBERS

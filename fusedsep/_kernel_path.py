@@ -70,7 +70,7 @@ def covered_tensors(
         and x.dim() in (3, 4)
         and x.shape[-3] == dw.in_channels
         and dw.stride[0] <= 2
-        and (_compat.is_plain_convolution(dw) or _pads_itself(site, dw))
+        and (_compat.is_plain_convolution(dw) or pads_itself(site, dw))
         and _compat.is_plain_convolution(pw)
         and not (_compat.has_hooks(dw) or _compat.has_hooks(pw))
         and (bn1 is None or covers_norm(site, bn1))
@@ -175,7 +175,8 @@ def are_readable(
     return True
 
 
-def _pads_itself(site: SeparableConv, dw: nn.Conv2d) -> bool:
+def pads_itself(site: SeparableConv | ConvNormActivation, dw: nn.Conv2d) -> bool:
+    """Whether ``dw`` is the convolution that puts zeros around its map by itself, of which ``site`` knows how."""
     return type(dw) is site.self_padding_class and not _compat.is_patched_convolution(dw)
 
 

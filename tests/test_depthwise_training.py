@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from convolutions import SameConv
+from convolutions import PaddedConv, ReflectConv, SameConv
 from fused_pairs import assert_same, assert_trains_alike, pair
 from models import BatchNormAct2d, SqueezeExcitation, depthwise, pointwise
 from randomize import randomized
@@ -63,6 +63,8 @@ def test_layers(kernel, stride, activation, depthwise_calls, pointwise_calls, sm
         nn.Conv2d(6, 6, 5, 1, "same", groups=6),
         nn.Conv2d(6, 6, 7, 2, "valid", groups=6, bias=False),
         nn.Conv2d(6, 6, 5, 2, (0, 3), groups=6),
+        SameConv(6, 6, 5, 2, groups=6),
+        PaddedConv(6, 6, 7, 1, 2, groups=6),
     ],
     ids=str,
 )
@@ -70,6 +72,17 @@ def test_paddings_and_biases(dw, depthwise_calls, small_maps):
     model, fused = pair(inverted_residual(copy.deepcopy(dw)))
     assert_trains_alike(model, fused, random(2, 4, 11, 14))
     assert len(depthwise_calls) == 3
+
+
+@pytest.mark.parametrize("change", [lambda conv: setattr(conv, "sides", (1, 1, 1, 1)), lambda conv: conv.eval()])
+def test_a_convolution_that_pads_itself_may_change(change, depthwise_calls, small_maps):
+    dw = PaddedConv(6, 6, 5, groups=6)
+    dw.sides = dw.sides  # its own
+    model, fused = pair(inverted_residual(dw))
+    for network in (model, fused):
+        change(network[3])
+    assert_trains_alike(model, fused, random(2, 4, 11, 14))
+    assert not depthwise_calls
 
 
 def test_only_products_are_kept(small_maps):
@@ -90,7 +103,7 @@ def test_only_products_are_kept(small_maps):
         nn.Conv2d(6, 12, 5, groups=6),
         nn.Conv2d(6, 6, 5, groups=2),
         nn.Conv2d(6, 6, 5, 1, 2, groups=6, padding_mode="reflect"),
-        SameConv(6, 6, 5, 2, groups=6),
+        ReflectConv(6, 6, 5, 2, groups=6),
     ],
     ids=str,
 )

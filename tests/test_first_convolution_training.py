@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
+from convolutions import SameConv
 from fused_pairs import assert_same, assert_trains_alike, pair
 from models import MobileNetV2, depthwise, pointwise
 from randomize import randomized
@@ -68,7 +69,9 @@ def test_the_format_is_what_torch_makes_of_it(weights, images, convolution_calls
     assert len(convolution_calls) == 2
 
 
-@pytest.mark.parametrize("first", [nn.Conv2d(1, 6, 3, 1, "same", 2), nn.Conv2d(4, 6, 3, 2, (0, 2)), nn.Conv2d(8, 5, 3)])
+@pytest.mark.parametrize(
+    "first", [nn.Conv2d(1, 6, 3, 1, "same", 2), nn.Conv2d(4, 6, 3, 2, (0, 2)), nn.Conv2d(8, 5, 3), SameConv(3, 6, 3, 2)]
+)
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.Hardswish(), nn.Identity()])
 def test_convolutions(first, activation, convolution_calls, small_maps):
     model, fused = pair(first_and_site(copy.deepcopy(first), activation))

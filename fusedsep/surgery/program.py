@@ -64,11 +64,17 @@ class FusedConvolution(FusedCall):
         self.conv = modules[chain.conv.target]
         self.bn = modules[chain.bn2.target]
         self.operation = ConvNormActivation(chain.pointwise_activation, chain.carried_activations[1])
+        if not is_plain_convolution(self.conv):
+            self.operation.self_padding_class = type(self.conv)
+            self.operation.carried_pad = chain.carried_pad
         self.operation.norm_forwards |= {type(self.bn).forward}
         self.operation.training_norm_forwards = self.operation.norm_forwards  # it was read in training mode
 
     def norms(self) -> list[nn.Module]:
         return [self.bn]
+
+    def read(self) -> list[nn.Module]:
+        return [] if self.operation.self_padding_class is None else [self.conv]
 
     def numbers(self) -> list[nn.Module]:
         return [self.conv, self.bn]

@@ -73,6 +73,8 @@ class ConvolutionChain:
     def __init__(self, conv: fx.Node) -> None:
         self.nodes = [conv]
         self.conv = conv
+        #: The zeros that a forward of its own adds.
+        self.carried_pad: Pads | Literal["same"] = NO_PADS
         self.bn2: fx.Node | None = None
         self.pointwise_activation = "none"
         self.carried_activations = (False, False)
@@ -129,15 +131,19 @@ def _convolution_chains(
         if node.op != "call_module" or node in covered or input_of(node) is None:
             continue
         module = modules[node.target]
-        fits = is_plain_pointwise(module) or (
-            (is_first_convolution(module) or is_depthwise_map(module)) and is_plain_convolution(module)
-        )
-        if not fits or node.all_input_nodes != [input_of(node)]:
+        fits = is_plain_pointwise(module) or is_first_convolution(module) or is_depthwise_map(module)
+        if not fits or node.all_input_nodes != [input_of(node)] or is_patched_convolution(module):
             continue
         chain = ConvolutionChain(node)
         _follow_after(node, chain, modules)
-        if chain.bn2 is not None and modules[chain.bn2.target].training:
-            yield chain
+        if chain.bn2 is None or not modules[chain.bn2.target].training:
+            continue
+        if not is_plain_convolution(module):
+            try:
+                chain.carried_pad = read_padding(module)
+            except PaddingUnknown:
+                continue
+        yield chain
 
 
 def _overtaking(
