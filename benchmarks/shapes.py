@@ -92,4 +92,8 @@ TRAINING_NETWORKS = [
     ("MobileNetV1", 1.0, 32, 32),
     ("MobileNetV2", 1.0, 224, 8),
     ("MobileNetV2", 1.0, 96, 32),
+    ("MobileNetV3 large", 1.0, 224, 8),
+    ("MnasNet", 1.0, 224, 8),
+    ("EfficientNet-Lite0", 1.0, 224, 8),
+    ("EfficientNet-B0", 1.0, 224, 8),
 ]

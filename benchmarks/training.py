@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from inverted_residuals import mobilenet_v2
+from inverted_residuals import NETWORKS
 from shapes import Shape
 from subjects import ENGINES, Answer, Engines, Subject, Variant, block_and_input, compiled, network_and_input
 
@@ -97,6 +97,12 @@ class TrainingNetwork(TrainingSubject):
         return step
 
 
+class OtherTrainingNetwork(TrainingNetwork):
+    """A network with other depthwise convolutions than those of sites."""
+
+    is_all_sites = False
+
+
 def block(shape: Shape, batch: int) -> TrainingBlock:
     module, x = block_and_input(shape, batch)
     size = -(-shape.size // shape.stride)
@@ -105,12 +111,13 @@ def block(shape: Shape, batch: int) -> TrainingBlock:
 
 def network(name: str, width: float, resolution: int, batch: int) -> TrainingNetwork:
     module, images = network_and_input(width, resolution, batch)
-    if name == "MobileNetV2":
+    kind = TrainingNetwork
+    if name in NETWORKS:
         if width != 1.0:
-            raise ValueError(f"MobileNetV2 is there in width 1.0 alone, not {width}")
-        module = mobilenet_v2()
+            raise ValueError(f"{name} is there in width 1.0 alone, not {width}")
+        module, kind = NETWORKS[name](), OtherTrainingNetwork
     labels = torch.randint(1000, (batch,))
-    return TrainingNetwork(name, f"{width}-{resolution}, batch {batch}", module, images, labels)
+    return kind(name, f"{width}-{resolution}, batch {batch}", module, images, labels)
 
 
 def _leave_kinks(norm: nn.BatchNorm2d, _: Any, output: torch.Tensor) -> torch.Tensor:

@@ -291,7 +291,7 @@ def test_compare_writes_what_report_reads(script, monkeypatch, tmp_path, capsys,
     monkeypatch.setattr(shapes, "OTHER_WHOLE_NETWORKS", [("MobileNetV3 large", 128)])
     monkeypatch.setattr(shapes, "PEER_NETWORKS", [(0.25, 64, 3)])
     monkeypatch.setattr(script("fusedsep.cli._peers"), "PEERS", {"onnxruntime": lambda module, x: lambda: module(x)})
-    monkeypatch.setattr(shapes, "TRAINING_NETWORKS", [("MobileNetV1", 0.25, 32, 8)])
+    monkeypatch.setattr(shapes, "TRAINING_NETWORKS", [("MobileNetV3 large", 1.0, 32, 8)])
     output = tmp_path / "results.json"
     assert compare.main([subject, "--repeats", "3", "--isa", "portable", "--output", str(output)]) == 0
     written = json.loads(output.read_text())
@@ -305,7 +305,7 @@ def test_compare_writes_what_report_reads(script, monkeypatch, tmp_path, capsys,
         "networks": "0.25-64",
         "other-networks": "MobileNetV3 large: 128x128",
         "peers": "0.25-64, batch 3",
-        "training-networks": "MobileNetV1: 0.25-32, batch 8",
+        "training-networks": "MobileNetV3 large: 1.0-32, batch 8",
     }.get(subject, "8 -> 8, 5x5")
     table = report.render(written)
     assert f"| {name} |" in table
