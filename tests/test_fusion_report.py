@@ -51,7 +51,7 @@ def test_table():
     assert str(fusedsep.fusion_report(model)) == (
         "1 of 2 depthwise convolutions fused, 1 more in chains in eval mode\n"
         "  fused    0.0  depthwise + BN, relu, pointwise + BN, none\n"
-        "  chained  2.0  SiLU (2.2) between depthwise and pointwise"
+        "  chained  2.0  SiLU (2.2) between depthwise and pointwise; one operation with its BN in training mode"
     )
     model[2][0].padding_mode = "reflect"
     assert str(fusedsep.fusion_report(model)) == (

@@ -12,7 +12,7 @@ from torch import fx
 from .._frozen import FrozenSeparable
 from ..block import DepthwiseSeparableBlock
 from .helpers import Helper
-from .program import FusedSite, Program, write_program
+from .program import FusedConvolution, FusedSite, Program, write_program
 from .rewrite import FusedForward
 from .side_effects import in_mode, usual_global_mode
 from .sites import Chain, find_chains, is_depthwise, why_not_fusable
@@ -53,6 +53,13 @@ class Analysis:
             if isinstance(site, FusedSite)
         }
         self.fused.update({block.dw: block for block in model.modules() if is_block(block)})
+        #: Convolutions that are one operation with their BN, and no part of a site: in training mode.
+        self.with_norm: set[nn.Module] = {
+            site.conv
+            for program in self.programs.values()
+            for site in program.sites.values()
+            if isinstance(site, FusedConvolution)
+        }
         for module in model.modules():
             if is_depthwise(module) and module not in self.fused:
                 self.reasons[module] = why_not_fusable(module) or reasons.get(module) or self._caller(model, module)

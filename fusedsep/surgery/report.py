@@ -97,7 +97,10 @@ def _report(model: nn.Module, in_eval: Analysis, in_training: Analysis, in_chain
             else:
                 fused.append(Site(name, _text(module, in_eval, in_training)))
         elif module in in_eval.reasons:
-            (chained if module in in_chains else skipped).append(Site(name, in_eval.reasons[module]))
+            reason = in_eval.reasons[module]
+            if module in in_training.with_norm:
+                reason += "; one operation with its BN in training mode"
+            (chained if module in in_chains else skipped).append(Site(name, reason))
     return FusionReport(fused, chained, skipped)
 
 
