@@ -50,32 +50,40 @@ void depthwise_map_forward(const TrainingParams<typename V::T>& p, int64_t row_b
   }
 }
 
-// Pixels whose products with one tap are added up in T, in two chains.
-constexpr int64_t kChainedPixels = 2 * 16;
+// Sums of a tap, of pixels in turns: enough chains of FMAs for their latency, in 16 registers at most.
+constexpr int tap_sums(int64_t kernel) { return kernel > 5 ? 1 : 2; }
+// Pixels whose products with a tap are added up in T.
+constexpr int64_t chained_pixels(int64_t kernel) { return 16 * tap_sums(kernel); }
 
 // taps[v] += sum over pixels j of gd[j * kStride] * x[j * kStride + v], vectors all, for a row of taps.
 //
-// Registers: two sums a tap, of every other pixel, and a gradient: 15 of 16 (AVX2) for 7 taps.
+// Registers: the sums and a gradient, 11 at most; x is an operand of the FMAs.
 template <class V, int kKernel, int kStride>
 __attribute__((noinline)) void row_of_tap_gradients(const typename V::T* gd, const typename V::T* x, int64_t pixels,
                                                     typename V::T* taps) {
-  constexpr int L = V::kLanes;
-  V sum[2][kKernel];
-  FUSEDSEP_UNROLL(7)
-  for (int v = 0; v < kKernel; ++v) sum[0][v] = sum[1][v] = V::zero();
+  constexpr int L = V::kLanes, kSums = tap_sums(kKernel);
+  V sum[kSums][kKernel];
   const auto add = [&](int m) __attribute__((always_inline)) {
     const V gradient = V::load(gd + m * kStride * L);
     FUSEDSEP_UNROLL(7)
     for (int v = 0; v < kKernel; ++v) sum[m][v] = V::fma(gradient, V::load(x + (m * kStride + v) * L), sum[m][v]);
   };
+  FUSEDSEP_UNROLL(2)
+  for (int m = 0; m < kSums; ++m) {
+    FUSEDSEP_UNROLL(7)
+    for (int v = 0; v < kKernel; ++v) sum[m][v] = V::zero();
+  }
   FUSEDSEP_UNROLL(1)
-  for (; pixels > 1; pixels -= 2, gd += 2 * kStride * L, x += 2 * kStride * L) {
-    add(0);
-    add(1);
+  for (; pixels >= kSums; pixels -= kSums, gd += kSums * kStride * L, x += kSums * kStride * L) {
+    FUSEDSEP_UNROLL(2)
+    for (int m = 0; m < kSums; ++m) add(m);
   }
   if (pixels > 0) add(0);
   FUSEDSEP_UNROLL(7)
-  for (int v = 0; v < kKernel; ++v) V::add(V::load(taps + v * L), V::add(sum[0][v], sum[1][v])).store(taps + v * L);
+  for (int v = 0; v < kKernel; ++v) {
+    const V total = kSums == 1 ? sum[0][v] : V::add(sum[0][v], sum[kSums - 1][v]);
+    V::add(V::load(taps + v * L), total).store(taps + v * L);
+  }
 }
 
 template <class V>
@@ -126,6 +134,7 @@ void depthwise_map_backward(const TrainingParams<typename V::T>& p, int64_t imag
   static constexpr MapKernels<V> kMapKernels;
   const SeparableParams<T>& conv = p.conv;
   const int64_t channels = conv.in_channels, kernel = conv.kernel, taps = kernel * kernel;
+  const int64_t chained = chained_pixels(kernel);
   const T* const x = conv.x + image * conv.height * conv.width * channels;
   const bool stream = streams<V, true>(p.grad_x, channels, conv.batch * conv.height * conv.width);
   const auto& grad_x_kernels = kMapKernels.table[kernel / 2 - 1][0];
@@ -161,8 +170,8 @@ void depthwise_map_backward(const TrainingParams<typename V::T>& p, int64_t imag
       T* const sums_of_taps = scratch + layout.taps + v * taps * L;
       const T* const gd = kept + (v * layout.gd_columns + layout.gd_first) * L;
       added = pending;
-      for (int64_t j = 0; j < conv.out_width; j += kChainedPixels) {
-        const int64_t pixels = min_of(kChainedPixels, conv.out_width - j);
+      for (int64_t j = 0; j < conv.out_width; j += chained) {
+        const int64_t pixels = min_of(chained, conv.out_width - j);
         for (int64_t u = 0; u < kernel; ++u) {
           const int64_t r = top + u;
           if (r < 0 || r >= conv.height) continue;
