@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // Training of one convolution, its BN and its activation, in LibTorch's stable ABI: the second half of training_ops.cpp
-// by itself. A pointwise convolution reads its input where the other reads the depthwise map; a depthwise convolution
-// of up to 7x7 taps has kernels of its own; a 3x3 convolution of few channels, the first one of a network, reads the
-// patches of an image.
+// by itself. A pointwise convolution reads its input where the other reads the depthwise map; a 3x3 convolution of few
+// channels, the first one of a network, reads the patches of an image.
 #include <torch/csrc/stable/library.h>
 
 #include "convolution_training_call.h"

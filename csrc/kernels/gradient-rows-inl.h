@@ -2,10 +2,11 @@
 //
 // Rows of gd, the gradient of the depthwise map (training.h), as both memory formats keep them for gx.
 //
-// Rows of gd are formed one after the other, from g1 and from d, which is computed again. Each is used while it is in
-// the cache: for the weight gradient, and for the rows of gx that it completes. gx is the transposed convolution, which
-// is a convolution of stride 1: of gd with stride - 1 zeros put between its columns (and rows, which are left out), by
-// the taps in reverse order, with padding (kernel - 1) * dilation - padding.
+// Rows of gd are formed one after the other, from g1 and from d, which is computed again (of a depthwise convolution
+// alone, from grad_y and p, which are in memory). Each is used while it is in the cache: for the weight gradient, and
+// for the rows of gx that it completes. gx is the transposed convolution, which is a convolution of stride 1: of gd
+// with stride - 1 zeros put between its columns (and rows, which are left out), by the taps in reverse order, with
+// padding (kernel - 1) * dilation - padding.
 #pragma once
 
 #include "training-inl.h"
