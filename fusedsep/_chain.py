@@ -123,7 +123,7 @@ class LayerChain:
 
     def _packed_for(self, dtype: torch.dtype, nchw: bool) -> torch.Tensor | None:
         """All packed weights; ``None`` where the kernels cannot read the tensors."""
-        state, alive = self._state()
+        state, tensors = self._state()
         if state is None:
             return None
         key = _C.active_isa(), dtype, nchw
@@ -133,11 +133,12 @@ class LayerChain:
                 return None
             with torch.no_grad():
                 packed = torch.cat([element.pack(nchw) for element in self.elements])
+                alive = [None if tensor is None else tensor.detach() for tensor in tensors]
             self._packed.store(key, state, packed, alive)
         return packed
 
-    def _state(self) -> tuple[object, object]:
-        """What tells the numbers of all layers from any others, and what has to be kept with it.
+    def _state(self) -> tuple[object, list[torch.Tensor | None]]:
+        """What tells the numbers of all layers from any others, and the tensors whose addresses are in it.
 
         ``None`` where it cannot be told.
         """
@@ -146,13 +147,13 @@ class LayerChain:
             self._places = [place for end in ends for place in end.places()]
             self._flat_places = tuple(part for place in self._places for part in place)
         if not self.frozen:
-            return _C.fingerprint_of(self._flat_places, torch.Tensor, nn.Parameter), None
+            return _C.fingerprint_of(self._flat_places, torch.Tensor, nn.Parameter), []
         tensors = tensors_at(self._places)
         state = [site.constants for site in self._sites]
         for tensor in tensors:
             if tensor is not None:
                 state.append((tensor.data_ptr(), _bytes_of(tensor) if tensor.is_inference() else tensor._version))
-        return state, [None if tensor is None else tensor.detach() for tensor in tensors]
+        return state, tensors
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("__name__", "elements", "residuals", "frozen")
