@@ -90,6 +90,7 @@ class LayerChain:
             y = _ops.chain(x, packed, layers)
         if self._is_map:
             return y if channels_last else y.contiguous()
+        y = y.flatten(1)  # the operator gives a map where a product follows on that of the means
         return y[:, :, None, None] if self.elements[-1].as_map else y
 
     def _tensors(self) -> list[torch.Tensor | None]:

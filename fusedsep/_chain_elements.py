@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -254,30 +254,57 @@ class GatedConvolution:
         return self.project(x * apply_activation(self.gate_activation, self.expand(gate)))
 
 
+class Product(NamedTuple):
+    """``activation(bn(layer(x)))`` of a map of one pixel.
+
+    Attributes:
+        layer: an ``nn.Linear``, or a 1x1 convolution.
+        bn: in eval mode with running statistics, or ``None``.
+        activation: its name.
+        carried: ``bn`` applies the activation itself.
+    """
+
+    layer: nn.Linear | nn.Conv2d
+    bn: nn.Module | None
+    activation: str
+    carried: bool
+
+
 class Classifier:
-    """``F.linear(x.mean((2, 3)), weight, bias)``, as ``Tensor[N, classes]`` or as a map of one pixel.
+    """The mean of each map, and products of these, as ``Tensor[N, classes]`` or as a map of one pixel.
 
     Args:
-        linear: an ``nn.Linear``, or a 1x1 convolution.
+        products: one after the other.
         as_map: the output is ``Tensor[N, classes, 1, 1]``.
         modules: all that it stands for.
     """
 
-    def __init__(self, linear: nn.Linear | nn.Conv2d, as_map: bool, modules: list[nn.Module]) -> None:
-        self.linear, self.as_map, self.modules = linear, as_map, modules
+    def __init__(self, products: list[Product], as_map: bool, modules: list[nn.Module]) -> None:
+        self.products, self.as_map, self.modules = products, as_map, modules
 
     def places(self) -> list[Place]:
-        return _places_of(self.linear)
+        return [place for each in self.products for place in (*_places_of(each.layer), *_places_of_norm(each.bn))]
 
     def pack(self, nchw: bool) -> torch.Tensor:
-        return _pack_linear(self.linear)
+        return torch.cat(
+            [
+                _pack_product(each.layer.weight.flatten(1), *scale_and_shift(each.layer, each.bn))
+                for each in self.products
+            ]
+        )
 
     def layers(self, height: int, width: int, nchw: bool) -> tuple[list[ChainLayer], int, int]:
-        return [_means(self.linear.weight.shape[0], 0)], 1, 1
+        sizes = [(each.layer.weight.shape[0], LAYER_ACTIVATION_CODES[each.activation]) for each in self.products]
+        return [_means(*sizes[0]), *(_pixels(*size) for size in sizes[1:])], 1, 1
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         # Without a batch dimension a 1x1 convolution works, and a linear layer behind a pool or a mean does not.
-        y = F.linear(x.mean((-2, -1) if self.as_map else (2, 3)), self.linear.weight.flatten(1), self.linear.bias)
+        y = x.mean((-2, -1) if self.as_map else (2, 3))
+        for layer, bn, activation, carried in self.products:
+            y = F.linear(y, layer.weight.flatten(1), layer.bias)
+            if bn is not None:
+                y = bn(y[..., None, None])[..., 0, 0]
+            y = y if carried else apply_activation(activation, y)
         return y[..., None, None] if self.as_map else y
 
 

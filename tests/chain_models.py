@@ -17,7 +17,9 @@ def conv_bn_relu(in_channels, out_channels, kernel, stride=1, groups=1):
 
 
 class Plain(nn.Module):
-    """A stem, three sites, and a head that subclasses write in other ways."""
+    """A stem, three sites, and a head that subclasses write in other ways, of one or two products."""
+
+    products = 1
 
     def __init__(self):
         super().__init__()
@@ -78,4 +80,55 @@ class ConvolutionHead(Plain):
         return self.classifier(F.adaptive_avg_pool2d(x, 1)).flatten(1)
 
 
-HEADS = [Plain, PoolFlatten, ViewBySize, ReshapeByShape, ViewByChannels, FunctionFlatten, ConvolutionHead]
+class TwoLinears(Plain):
+    """As in torchvision's MobileNetV3."""
+
+    products = 2
+
+    def __init__(self):
+        super().__init__()
+        self.classifier = nn.Sequential(
+            nn.Linear(40, 35), nn.Hardswish(inplace=True), nn.Dropout(0.2, inplace=True), nn.Linear(35, 5)
+        )
+
+    def head(self, x):
+        return self.classifier(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+
+class ConvolutionAndLinear(Plain):
+    """As in MobileNetV4: a 1x1 convolution of the means, its BN and its activation, and a view of what it gives."""
+
+    products = 2
+
+    def __init__(self):
+        super().__init__()
+        self.reduce = conv_bn_relu(40, 35, 1)
+        self.classifier = nn.Linear(35, 5)
+
+    def head(self, x):
+        return self.classifier(self.reduce(F.adaptive_avg_pool2d(x, 1)).view(-1, 35))
+
+
+class ActivatedMap(Plain):
+    products = 2
+
+    def __init__(self):
+        super().__init__()
+        self.classifier = nn.Sequential(nn.Conv2d(40, 35, 1), nn.SiLU(), nn.Conv2d(35, 5, 1), nn.Hardswish())
+
+    def head(self, x):
+        return self.classifier(F.adaptive_avg_pool2d(x, 1))
+
+
+HEADS = [
+    Plain,
+    PoolFlatten,
+    ViewBySize,
+    ReshapeByShape,
+    ViewByChannels,
+    FunctionFlatten,
+    ConvolutionHead,
+    TwoLinears,
+    ConvolutionAndLinear,
+    ActivatedMap,
+]

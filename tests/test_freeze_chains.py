@@ -18,7 +18,7 @@ from zoo import assert_as_close_to_float64
 
 import fusedsep
 from fusedsep import reference
-from fusedsep._ops import DEPTHWISE, MEANS, PATCHES, PATCHES_OF_NCHW, ChainLayer
+from fusedsep._ops import DEPTHWISE, MEANS, PATCHES, PATCHES_OF_NCHW, PIXELS, ChainLayer
 
 
 def rows_of(calls):
@@ -41,7 +41,7 @@ def test_whole_network_is_one_call(model_class, memory_format, chain_calls, kern
     with torch.no_grad():
         assert_same(frozen, model, x)
     first = PATCHES if memory_format is torch.channels_last else PATCHES_OF_NCHW
-    assert rows_of(chain_calls) == [[first, DEPTHWISE, DEPTHWISE, DEPTHWISE, MEANS]]
+    assert rows_of(chain_calls) == [[first, DEPTHWISE, DEPTHWISE, DEPTHWISE, MEANS] + (model.products - 1) * [PIXELS]]
     assert not kernel_calls
 
 

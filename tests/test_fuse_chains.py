@@ -17,7 +17,7 @@ from zoo import assert_as_close_to_float64
 
 import fusedsep
 from fusedsep import _C, reference
-from fusedsep._ops import DEPTHWISE, MEANS, PATCHES, PATCHES_OF_NCHW, ChainLayer
+from fusedsep._ops import DEPTHWISE, MEANS, PATCHES, PATCHES_OF_NCHW, PIXELS, ChainLayer
 
 ALL = [PATCHES_OF_NCHW, DEPTHWISE, DEPTHWISE, DEPTHWISE, MEANS]
 
@@ -44,7 +44,7 @@ def test_whole_network_is_one_call(model_class, memory_format, chain_calls, kern
             assert_as_close_to_float64(lambda x, y=y: y, model, x)
             assert y.stride() == model(x).stride()
     first = PATCHES if memory_format is torch.channels_last else PATCHES_OF_NCHW
-    assert rows_of(chain_calls) == 2 * [[first, *ALL[1:]]]
+    assert rows_of(chain_calls) == 2 * [[first, *ALL[1:], *(model.products - 1) * [PIXELS]]]
     assert chain_calls[0][1] is chain_calls[1][1]  # packed once
     assert not kernel_calls
 

@@ -139,11 +139,11 @@ def _layer(index: int, layer: Convolution | GatedConvolution | Classifier, x: to
     if not nchw:
         x = x.contiguous(memory_format=torch.channels_last)
     weights = [tensor for tensor in tensors_at(layer.places()) if tensor is not None]
-    *gate, product = [tensor for tensor in weights if tensor.dim() > 1]
+    *of_a_pixel, product = [tensor for tensor in weights if tensor.dim() > 1]
     return Part(
         f"{index}: {kind}, {x.shape[-2]}x{x.shape[-1]}",
         kind,
-        product.numel() * (y.numel() // product.shape[0]) + x.shape[0] * sum(tensor.numel() for tensor in gate),
+        product.numel() * (y.numel() // product.shape[0]) + x.shape[0] * sum(tensor.numel() for tensor in of_a_pixel),
         _nbytes(x, y, *weights),
         0,
         functools.partial(_ops.chain, x, layer.pack(nchw), [number for layer in layers for number in layer]),

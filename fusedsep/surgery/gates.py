@@ -16,8 +16,9 @@ from .activations import (
     gate_of,
 )
 from .dropouts import call_passes_on, passes_on
-from .heads import only_reader, rank_of_pooled
+from .heads import rank_of_pooled
 from .sites import is_plain_pointwise
+from .tails import only_reader
 
 
 class Gate(NamedTuple):

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The head of a classifier in a graph, however it is written: mean of each map, and a product of these."""
+"""The head of a classifier in a graph, however it is written: mean of each map, and products of these."""
 
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import fx
 
+from .._chain_elements import Product
 from .activations import arguments_of
 from .dropouts import call_passes_on, passes_on
-from .sites import input_of, is_plain_pointwise
+from .sites import is_plain_pointwise
+from .tails import only_reader, tail_behind
 
 _MEANS = {torch.mean, "mean"}
 _FLATTEN = {torch.flatten, "flatten"}
@@ -21,17 +23,18 @@ _BOTH_DIRECTIONS = {(2, 3), (3, 2), (-2, -1), (-1, -2)}
 _RESHAPE = {torch.reshape, "reshape", "view"}
 
 
-class Head:
-    """Global average pool, flatten and linear layer, or a 1x1 convolution in the place of the last two.
+class Head(NamedTuple):
+    """Global average pool, flatten and linear layers, or 1x1 convolutions in front of the flatten.
 
-    Args:
+    Attributes:
         nodes: all of it; the first one reads the map.
-        linear: the layer at its end.
+        products: the layers, each with the BN and the activation behind it.
         is_map: the output has four dimensions.
     """
 
-    def __init__(self, nodes: list[fx.Node], linear: nn.Module, is_map: bool) -> None:
-        self.nodes, self.linear, self.is_map = nodes, linear, is_map
+    nodes: list[fx.Node]
+    products: list[Product]
+    is_map: bool
 
 
 def head_behind(node: fx.Node, channels: int, modules: dict[str, nn.Module]) -> Head | None:
@@ -49,7 +52,8 @@ class _Search:
         rank = None if pool is None else rank_of_pooled(pool, self._modules)
         if rank is None:
             return None
-        nodes = [pool]
+        nodes, products = [pool], []
+        head: Head | None = None
         while True:
             flatten = self._flatten_of(nodes[-1]) if rank == 4 else None
             if flatten is not None:
@@ -58,7 +62,7 @@ class _Search:
                 continue
             reader = only_reader(nodes[-1])
             if reader is None:
-                return None
+                return head
             nodes.append(reader)
             module = self._module(reader)
             if call_passes_on(reader) if module is None else passes_on(module):
@@ -67,7 +71,12 @@ class _Search:
                 fits = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
             else:
                 fits = is_plain_pointwise(module)
-            return Head(nodes, module, rank == 4) if fits and "forward" not in vars(module) else None
+            if not fits or "forward" in vars(module):
+                return head
+            self._channels = module.weight.shape[0]
+            nodes, *tail = tail_behind(nodes, self._modules, self._channels, norms=rank == 4)
+            products.append(Product(module, *tail))
+            head = Head(list(nodes), list(products), rank == 4)
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self._modules[node.target] if node.op == "call_module" else None
@@ -130,11 +139,3 @@ def _shape_of(reshape: fx.Node) -> tuple[Any, ...]:
     """What a ``view`` or ``reshape`` was given, as a sequence or one by one."""
     shape = reshape.args[1:]
     return tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
-
-
-def only_reader(node: fx.Node) -> fx.Node | None:
-    """The node that reads ``node`` and no other one, if it is the only one that reads it."""
-    reader = next(iter(node.users)) if len(node.users) == 1 else None
-    if reader is None or reader.op == "output" or reader.all_input_nodes != [node] or input_of(reader) is not node:
-        return None
-    return reader

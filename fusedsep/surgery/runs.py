@@ -16,15 +16,15 @@ from .._chain_elements import Classifier, Convolution, Element, FrozenSite, Gate
 from .._compat import is_patched_convolution, is_plain_convolution
 from .._frozen import FrozenSeparable
 from .._padding import NO_PADS, Pads, convolution_pads, pad_map, sum_of_pads
-from .activations import activation_of_function, activation_of_module, composed_activation, multiplies
+from .activations import multiplies
 from .analysis import is_block
-from .batch_norms import NotABatchNorm, is_batch_norm, read_batch_norm
 from .convolutions import PaddingUnknown, read_padding
 from .dropouts import call_passes_on, passes_on
 from .gates import gate_behind
-from .heads import head_behind, only_reader
+from .heads import head_behind
 from .program import FusedSite
 from .sites import input_of, is_depthwise_map, is_first_convolution, is_plain_pointwise, zero_pads
+from .tails import only_reader, tail_behind
 
 _ADD = {operator.add, torch.add, "add"}
 _ADD_IN_PLACE = {operator.iadd, "add_"}
@@ -139,7 +139,7 @@ class Run:
         head = head_behind(names[-1], self._channels, self._modules)
         if head is None:
             return False
-        classifier = Classifier(head.linear, head.is_map, self._modules_of(head.nodes))
+        classifier = Classifier(head.products, head.is_map, self._modules_of(head.nodes))
         return self._take(lambda frozen: classifier, head.nodes, 0)
 
     def _take(
@@ -267,38 +267,9 @@ class Run:
         self, nodes: list[fx.Node], conv: nn.Conv2d, pads: Pads | str, own: Pads | str
     ) -> tuple[Convolution, list[fx.Node]]:
         """``conv`` at the end of ``nodes``, with a BN and an activation behind it, and all nodes."""
-        bn: nn.Module | None = None
-        activation, carried, pending = "none", False, list(nodes)
-        nodes = list(nodes)
-        while activation == "none":
-            spelled_out = composed_activation(pending[-1], self._modules)
-            if spelled_out is not None:
-                nodes, activation = [*pending, *spelled_out[0]], spelled_out[1]
-                break
-            reader = only_reader(pending[-1])
-            if reader is None:
-                break
-            pending.append(reader)
-            if self._passes_on(reader):
-                continue
-            module = self._module(reader)
-            if module is not None and "forward" in vars(module):
-                break
-            if bn is None and module is not None and is_batch_norm(module):
-                try:
-                    found = read_batch_norm(module)
-                except NotABatchNorm:
-                    break
-                if module.training or module.running_mean is None or module.num_features != conv.out_channels:
-                    break
-                bn, activation, carried = module, found, found != "none"
-            else:
-                found = activation_of_function(reader) if module is None else activation_of_module(module)
-                if found is None:
-                    break
-                activation = found
-            nodes = list(pending)
-        return Convolution(conv, bn, activation, self._modules_of(nodes), pads, own, carried), nodes
+        tail = tail_behind(nodes, self._modules, conv.out_channels)
+        element = Convolution(conv, tail.bn, tail.activation, self._modules_of(tail.nodes), pads, own, tail.carried)
+        return element, tail.nodes
 
 
 def own_pads(conv: nn.Conv2d) -> Pads | Literal["same"] | None:
