@@ -117,14 +117,18 @@ def mm_gflops() -> float:
 
 
 def _copy_gbs(size: int) -> float:
-    """Of one thread; source and destination have ``size`` bytes together. NumPy begins sooner than torch."""
+    """Of one thread; source and destination have ``size`` bytes together. NumPy begins sooner than torch.
+
+    A negation reads and writes what a copy does. It is not ``memcpy``, whose ``rep movsb`` takes AMD's Zen 3 from 50 to
+    4 GB/s where the destination lies just behind the source, by their addresses modulo a page.
+    """
     source = np.ones(size // 8, np.float32)
     destination = np.empty_like(source)
     copies = 50  # in one timed call, since one takes microseconds
 
     def copy() -> None:
         for _ in range(copies):
-            np.copyto(destination, source)
+            np.negative(source, out=destination)
 
     return 1e-6 * copies * size / _fastest(copy)
 
