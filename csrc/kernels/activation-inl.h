@@ -32,6 +32,24 @@ FUSEDSEP_INLINE V activate(Activation activation, V x) {
   return x;
 }
 
+// act(x) for the N vectors of a register tile, with one look at the activation for all.
+template <int N, class V>
+FUSEDSEP_INLINE void activate_tile(Activation activation, V* x) {
+  switch (activation) {
+#define FUSEDSEP_ACTIVATE(name)                                          \
+  case Activation::name:                                                 \
+    FUSEDSEP_UNROLL(32)                                                  \
+    for (int i = 0; i < N; ++i) x[i] = activate(Activation::name, x[i]); \
+    break;
+    FUSEDSEP_ACTIVATE(kRelu)
+    FUSEDSEP_ACTIVATE(kRelu6)
+    FUSEDSEP_ACTIVATE(kHardswish)
+#undef FUSEDSEP_ACTIVATE
+    default:  // none, or one of sigmoid-inl.h
+      break;
+  }
+}
+
 // g * act'(x), lane by lane; at a kink the one-sided derivative that torch takes.
 template <class V>
 FUSEDSEP_INLINE V activation_gradient(Activation activation, V x, V g) {

@@ -126,8 +126,8 @@ void depthwise_backward_channels_last(const TrainingParams<typename V::T>& p, in
     write_grad_x_row<V>(p, image, i, begin, layout, scratch, kRows, stream, [&](int64_t v, const Block& block) {
       const int64_t first = v * layout.gd_columns + GroupScratch<V>::first_of_gx(conv) + block.begin;
       for (int u = 0; u < 3; ++u) segment.row[u] = row[u] == nullptr ? nullptr : row[u] + first * L;
-      kBackKernels.table[int(gx_taps)][block.size - 1](segment, 0, all, reversed + 10 * (begin + v * L),
-                                                       scratch + layout.line);
+      kBackKernels.table[int(gx_taps)][block.size - 1](segment, {0, L}, all, reversed + 10 * (begin + v * L),
+                                                       scratch + layout.line, L);
     });
   };
 

@@ -98,23 +98,34 @@ FUSEDSEP_INLINE void accumulate_taps(const Segment<typename V::T>& segment, int6
   }
 }
 
-// h[0..M][kLanes] of `segment` at channel offset `channel`; `weights` is a bias and nine taps, a vector each. Vectors
-// of h and of the weights are kPitch apart.
+// Channels [begin, end) of a segment: whole vectors, or fewer channels than one.
+struct ChannelSpan {
+  int64_t begin, end;
+};
+
+// h[0..M][kLanes] of `segment` for the vectors of `channels`, one after the other: what a call costs is paid once.
+// `weights` is a bias and nine taps for each, a vector each. Those are kPitch apart, and so are the vectors of h of
+// neighbouring pixels; those of neighbouring channels are `out_step` apart.
 template <class V, int M, Taps kTaps, int64_t kPitch>
-__attribute__((noinline)) void depthwise_segment(const Segment<typename V::T>& segment, int64_t channel,
+__attribute__((noinline)) void depthwise_segment(const Segment<typename V::T>& segment, ChannelSpan channels,
                                                  typename V::Mask mask, const typename V::T* weights,
-                                                 typename V::T* out) {
-  V sum[M];
-  accumulate_taps<V, M, kTaps, kPitch>(segment, channel, mask, weights + kPitch, sum);
-  const V bias = V::load(weights);
-  FUSEDSEP_UNROLL(16)
-  for (int m = 0; m < M; ++m) activate(segment.activation, V::add(bias, sum[m])).store(out + m * kPitch);
+                                                 typename V::T* out, int64_t out_step) {
+  for (int64_t c = channels.begin; c < channels.end; c += V::kLanes, weights += 10 * kPitch, out += out_step) {
+    V sum[M];
+    accumulate_taps<V, M, kTaps, kPitch>(segment, c, mask, weights + kPitch, sum);
+    const V bias = V::load(weights);
+    FUSEDSEP_UNROLL(16)
+    for (int m = 0; m < M; ++m) sum[m] = V::add(bias, sum[m]);
+    activate_tile<M>(segment.activation, sum);
+    FUSEDSEP_UNROLL(16)
+    for (int m = 0; m < M; ++m) sum[m].store(out + m * kPitch);
+  }
 }
 
 template <class V, int64_t kPitch = V::kLanes, int kRows = Tiling<V>::kTileRows>
 struct SegmentKernels {
   using T = typename V::T;
-  using Function = void (*)(const Segment<T>&, int64_t, typename V::Mask, const T*, T*);
+  using Function = void (*)(const Segment<T>&, ChannelSpan, typename V::Mask, const T*, T*, int64_t);
 
   // table[taps][pixels - 1]
   Function table[kTapsCount][kRows];
@@ -246,14 +257,15 @@ void depthwise_channels_last(const SeparableParams<typename V::T>& p, const Tile
     const int64_t read = last_column * channels + c + (halved ? Half::kLanes : L);
     if (last_row != nullptr && last_row + read > end) taps = Taps::kChecked;
     if (!halved) {
-      kKernels.table[int(taps)][count - 1](segment, c, tail, weights + 10 * c, out);
+      kKernels.table[int(taps)][count - 1](segment, {c, channels}, tail, weights + 10 * c, out, L);
       return;
     }
     const bool last_outside = segment.last_outside;
     for (int64_t some; count > 0; count -= some, out += some * L) {
       some = min_of(count, kHalfRows);
       segment.last_outside = last_outside && some == count;
-      kHalfKernels.table[int(taps)][some - 1](segment, c, Half::mask(0, channels - c), weights + 10 * c, out);
+      kHalfKernels.table[int(taps)][some - 1](segment, {c, channels}, Half::mask(0, channels - c), weights + 10 * c,
+                                              out, L);
       for (const T*& row : segment.row) row = row == nullptr ? nullptr : row + some * p.stride * channels;
       segment.first_column += some * p.stride;
       segment.first_outside = false;
@@ -272,11 +284,10 @@ void depthwise_channels_last(const SeparableParams<typename V::T>& p, const Tile
         const Segment<T> segment = segment_at(p, image, i, j, count);
         if (fetch_ahead) fetch_next_row(p, segment, count * p.stride, group, group_end - group);
         T* out = scratch + block.begin * padded + done * L;
-        int64_t c = group;
-        for (; c + L <= group_end; c += L) {
-          kKernels.table[int(taps)][count - 1](segment, c, all, weights + 10 * c, out + c * block.size);
-        }
-        if (c < group_end) run_tail(segment, taps, count, out + c * block.size);
+        const int64_t whole_end = group + (group_end - group) / L * L;
+        kKernels.table[int(taps)][count - 1](segment, {group, whole_end}, all, weights + 10 * group,
+                                             out + group * block.size, L * block.size);
+        if (whole_end < group_end) run_tail(segment, taps, count, out + whole_end * block.size);
         done += count;
         j += count;
         if (j == p.out_width) j = 0, ++i;

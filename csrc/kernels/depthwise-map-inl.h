@@ -87,18 +87,22 @@ __attribute__((noinline)) void depthwise_map_segment(const MapSegment<V>& segmen
   }
   const V bias = V::load(segment.weights);
   FUSEDSEP_UNROLL(16)
-  for (int m = 0; m < M; ++m) {
-    V value = activate(segment.activation, V::add(bias, sum[m]));
-    const int64_t offset = m * segment.y_stride;
-    if (segment.residual != nullptr) {
-      const auto* residual = segment.residual + offset;
-      value = V::add(segment.whole ? V::load(residual) : V::load(residual, segment.mask), value);
+  for (int m = 0; m < M; ++m) sum[m] = V::add(bias, sum[m]);
+  activate_tile<M>(segment.activation, sum);
+  const int64_t stride = segment.y_stride;
+  if (segment.residual != nullptr) {
+    FUSEDSEP_UNROLL(16)
+    for (int m = 0; m < M; ++m) {
+      const auto* residual = segment.residual + m * stride;
+      sum[m] = V::add(segment.whole ? V::load(residual) : V::load(residual, segment.mask), sum[m]);
     }
-    if (segment.whole) {
-      value.store(segment.y + offset);
-    } else {
-      value.store(segment.y + offset, segment.mask);
-    }
+  }
+  if (segment.whole) {
+    FUSEDSEP_UNROLL(16)
+    for (int m = 0; m < M; ++m) sum[m].store(segment.y + m * stride);
+  } else {
+    FUSEDSEP_UNROLL(16)
+    for (int m = 0; m < M; ++m) sum[m].store(segment.y + m * stride, segment.mask);
   }
 }
 
