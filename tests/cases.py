@@ -73,6 +73,13 @@ DEPTHS = [
     Case(in_channels=n, out_channels=5, height=3, width=3)
     for n in (127, 128, 129, 255, 256, 257, 511, 512, 513, 1024, 1100)
 ]
+#: Products of one row, whose panels are taken several at once: one pixel (channels_last), one output channel (NCHW).
+ROWS = [
+    *(Case(9, n, 1, 1, pointwise_activation="hardswish") for n in (31, 32, 63, 64, 96, 129, 200)),
+    Case(130, 129, 1, 1),
+    Case(257, 65, 1, 1),
+    Case(130, 1, 9, 20),
+]
 PADDINGS = [
     Case(height=height, width=width, stride=stride, pads=pads, dilation=dilation)
     for stride, (height, width, pads, dilation) in itertools.product(
@@ -107,7 +114,7 @@ LAYERS = [
     Case(960, 320, 7, 7, activation="hardswish"),
 ]
 
-ALL = [*CHANNELS, *WIDTHS, *MAPS, *DEPTHS, *PADDINGS, *ACTIVATIONS, *BATCHES, *LAYERS]
+ALL = [*CHANNELS, *WIDTHS, *MAPS, *DEPTHS, *ROWS, *PADDINGS, *ACTIVATIONS, *BATCHES, *LAYERS]
 
 
 def operands(case: Case, dtype: type = np.float32, seed: int = 0) -> Operands:

@@ -161,8 +161,8 @@ def test_same_bits_however_the_work_is_split(isa, case, dtype, channels_last):
 
 @TYPES
 @FORMATS
-def test_an_image_does_not_depend_on_the_rest_of_its_batch(isa, dtype, channels_last):
-    case = Case(in_channels=17, out_channels=33, height=14, width=14, batch=5)
+@pytest.mark.parametrize("case", [Case(17, 33, 14, 14, batch=5), Case(130, 170, 1, 1, batch=5)], ids=str)
+def test_an_image_does_not_depend_on_the_rest_of_its_batch(isa, case, dtype, channels_last):
     operands = cases.operands(case, dtype)
     operands.x[3] = np.nan  # nor on a neighbour that is broken
     together = run(case, operands, channels_last, isa, threads=3)

@@ -236,7 +236,7 @@ void convolve(const SeparableParams<typename V::T>& p, const typename V::T* weig
   T* const y = p.y + (tile.image * p.out_height * p.out_width + tile.begin) * p.out_channels;
   for_each_patch_part<V>(p, [&](const Patch<T>& patch) {
     const bool last = bias != nullptr && patch.end == p.in_channels;
-    Epilogue<T> epilogue{nullptr, patch.begin == 0, last, p.pointwise_activation, nullptr};
+    Epilogue<T> epilogue{nullptr, patch.begin == 0, last, p.pointwise_activation, nullptr, 0};
     for_each_run<V>(p, patch, tile, [&](const Run<T>& run, const TapList<V>& taps, int64_t pixel) {
       convolve_run<V>(run, taps, weights, p.in_channels, bias, column_begin, column_end, y + pixel * p.out_channels,
                       p.out_channels, epilogue);

@@ -17,7 +17,8 @@ struct Epilogue {
   bool first;     // C holds nothing yet; otherwise the sums so far
   bool last;      // add the bias and apply the activation
   Activation activation;
-  const T* prefetch;  // what the calls that follow read as `columns`, to be brought to L2 meanwhile
+  const T* prefetch;  // what is read later, to be brought to L2 meanwhile: `prefetch_step` elements for each k
+  int64_t prefetch_step;
 };
 
 // C[0..M, 0..columns) = act(bias + (C + sum)), what of it the epilogue asks for. Column tails go through a mask.
@@ -30,7 +31,7 @@ FUSEDSEP_INLINE void finish(V sum[M][NV], typename V::T* c, int64_t c_stride, in
   if (!epilogue.first) {
     FUSEDSEP_UNROLL(16)
     for (int m = 0; m < M; ++m) {
-      FUSEDSEP_UNROLL(4)
+      FUSEDSEP_UNROLL(8)
       for (int n = 0; n < NV; ++n) {
         const typename V::T* p = c + m * c_stride + n * L;
         sum[m][n] = V::add(whole || n + 1 < NV ? V::load(p) : V::load(p, mask), sum[m][n]);
@@ -40,30 +41,17 @@ FUSEDSEP_INLINE void finish(V sum[M][NV], typename V::T* c, int64_t c_stride, in
   if (epilogue.last) {
     FUSEDSEP_UNROLL(16)
     for (int m = 0; m < M; ++m) {
-      FUSEDSEP_UNROLL(4)
+      FUSEDSEP_UNROLL(8)
       for (int n = 0; n < NV; ++n) {
         const V bias = kBiasPerRow ? V::broadcast(epilogue.bias[m]) : V::load(epilogue.bias + n * L);
         sum[m][n] = V::add(bias, sum[m][n]);
       }
     }
-    switch (epilogue.activation) {
-#define FUSEDSEP_ACTIVATE(name)                                                                              \
-  case Activation::name:                                                                                     \
-    FUSEDSEP_UNROLL(16) for (int m = 0; m < M; ++m) {                                                        \
-      FUSEDSEP_UNROLL(4) for (int n = 0; n < NV; ++n) { sum[m][n] = activate(Activation::name, sum[m][n]); } \
-    }                                                                                                        \
-    break;
-      FUSEDSEP_ACTIVATE(kRelu)
-      FUSEDSEP_ACTIVATE(kRelu6)
-      FUSEDSEP_ACTIVATE(kHardswish)
-#undef FUSEDSEP_ACTIVATE
-      default:  // none, or one of sigmoid-inl.h
-        break;
-    }
+    activate_tile<M * NV>(epilogue.activation, &sum[0][0]);
   }
   FUSEDSEP_UNROLL(16)
   for (int m = 0; m < M; ++m) {
-    FUSEDSEP_UNROLL(4)
+    FUSEDSEP_UNROLL(8)
     for (int n = 0; n < NV; ++n) {
       typename V::T* p = c + m * c_stride + n * L;
       if (whole || n + 1 < NV) {
@@ -106,7 +94,8 @@ __attribute__((noinline)) void microkernel(int64_t depth, const typename V::T* r
   }
 
   if (epilogue.first) prefetch_for_writing<V, M, NV>(c, c_stride);
-  const int64_t ahead = epilogue.prefetch - columns;  // a narrower panel may end before this one: only a hint is lost
+  const typename V::T* ahead = epilogue.prefetch;
+  const int64_t ahead_step = epilogue.prefetch_step;
   while (depth > 0) {
     const int64_t steps = min_of(depth, L);
     FUSEDSEP_UNROLL(1)
@@ -115,7 +104,7 @@ __attribute__((noinline)) void microkernel(int64_t depth, const typename V::T* r
       FUSEDSEP_UNROLL(4)
       for (int n = 0; n < NV; ++n) {
         column[n] = V::load(columns + n * L);
-        if (n * sizeof(V) % 64 == 0) __builtin_prefetch(columns + ahead + n * L, 0, 2);
+        if (n * sizeof(V) % 64 == 0) __builtin_prefetch(ahead + n * L, 0, 2);
       }
       FUSEDSEP_UNROLL(16)
       for (int m = 0; m < M; ++m) {
@@ -125,6 +114,7 @@ __attribute__((noinline)) void microkernel(int64_t depth, const typename V::T* r
       }
       rows += 1;
       columns += NV * L;
+      ahead += ahead_step;
     }
     rows += (M - 1) * L;
     depth -= L;
@@ -133,16 +123,45 @@ __attribute__((noinline)) void microkernel(int64_t depth, const typename V::T* r
   finish<V, M, NV, kBiasPerRow>(sum, c, c_stride, column_count, epilogue);
 }
 
+// The same for a single row and P whole panels, `panel` elements apart. With those of one panel alone, each of its two
+// sums would wait for the last addition, and memory for one stream of weights: no other row hides either.
+template <class V, int P, bool kBiasPerRow>
+__attribute__((noinline)) void row_microkernel(int64_t depth, const typename V::T* row, const typename V::T* columns,
+                                               int64_t panel, typename V::T* c,
+                                               const Epilogue<typename V::T>& epilogue) {
+  constexpr int L = V::kLanes, kVectors = Tiling<V>::kTileVectors, NV = P * kVectors;
+  V sum[1][NV];
+  FUSEDSEP_UNROLL(8)
+  for (int n = 0; n < NV; ++n) sum[0][n] = V::zero();
+  FUSEDSEP_UNROLL(1)
+  for (int64_t k = 0; k < depth; ++k, columns += kVectors * L) {
+    const V value = V::broadcast(row[k]);
+    FUSEDSEP_UNROLL(8)
+    for (int n = 0; n < NV; ++n) {
+      sum[0][n] = V::fma(value, V::load(columns + n / kVectors * panel + n % kVectors * L), sum[0][n]);
+    }
+  }
+  finish<V, 1, NV, kBiasPerRow>(sum, c, 0, NV * L, epilogue);
+}
+
 template <class V, bool kBiasPerRow>
 struct Microkernels {
   using T = typename V::T;
   using Function = void (*)(int64_t, const T*, const T*, T*, int64_t, int64_t, const Epilogue<T>&);
   static constexpr int kRows = Tiling<V>::kTileRows, kVectors = Tiling<V>::kTileVectors;
 
-  // table[vectors - 1][rows - 1]
-  Function table[kVectors][kRows];
+  using RowFunction = void (*)(int64_t, const T*, const T*, int64_t, T*, const Epilogue<T>&);
+  static constexpr int kRowPanels = 4;
 
-  constexpr Microkernels() : table{} { fill<kRows, kVectors>(); }
+  Function table[kVectors][kRows];    // [vectors - 1][rows - 1]
+  RowFunction row_table[kRowPanels];  // [panels - 1]
+
+  constexpr Microkernels()
+      : table{},
+        row_table{row_microkernel<V, 1, kBiasPerRow>, row_microkernel<V, 2, kBiasPerRow>,
+                  row_microkernel<V, 3, kBiasPerRow>, row_microkernel<V, 4, kBiasPerRow>} {
+    fill<kRows, kVectors>();
+  }
 
   template <int M, int NV>
   constexpr void fill() {
@@ -185,15 +204,50 @@ const typename V::T* next_panel(const Product<typename V::T>& product, int64_t q
   return product.columns + q * product.depth + k * vectors * V::kLanes;
 }
 
+// What is to be brought to L2 next of product.ahead; null: nothing.
+template <typename T>
+Ahead<T>* coming_of(Product<T>& product) {
+  for (Ahead<T>& ahead : product.ahead) {
+    if (ahead.next < ahead.end) return &ahead;
+  }
+  return nullptr;
+}
+
 // The depth of one chain of sums (layout-inl.h): parts as equal as whole vectors allow.
 template <class V>
 int64_t depth_step_of(int64_t depth) {
   return round_up(ceil_div(depth, ceil_div(depth, Tiling<V>::kDepth)), V::kLanes);
 }
 
+// The whole panels of a product of a single row, which is the `row`-th; the column behind them.
+template <class V, bool kBiasPerRow>
+int64_t multiply_row(const Product<typename V::T>& product, int64_t row, const Microkernels<V, kBiasPerRow>& kernels) {
+  using T = typename V::T;
+  constexpr int64_t kColumns = Tiling<V>::kTileColumns;
+  const int64_t depth_step = depth_step_of<V>(product.depth), panel = product.depth * kColumns;
+  const T* const rows = product.rows + row * round_up(product.depth, V::kLanes);
+  int64_t q = product.column_begin;
+  while (const int64_t panels = min_of(kernels.kRowPanels, (product.column_end - q) / kColumns)) {
+    T* const c = product.c + row * product.c_stride + q;
+    for (int64_t k = 0; k < product.depth; k += depth_step) {
+      const int64_t depth = min_of(depth_step, product.depth - k);
+      const bool last = product.bias != nullptr && k + depth == product.depth;
+      const T* const bias = last ? product.bias + (kBiasPerRow ? row : q) : nullptr;
+      const Epilogue<T> epilogue{bias, k == 0 && !product.accumulate, last, product.activation, nullptr, 0};
+      kernels.row_table[panels - 1](depth, rows + k, product.columns + q * product.depth + k * kColumns, panel, c,
+                                    epilogue);
+    }
+    q += panels * kColumns;
+  }
+  return q;
+}
+
+// Calls during which the next panel comes to L2: in the first alone, its lines would be waited for all at once.
+constexpr int64_t kPanelCalls = 4;
+
 // Loops, outermost first: depth (a column panel fits L1), row blocks (they fit L2), column panels, row blocks within.
 template <class V, bool kBiasPerRow>
-void multiply(const Product<typename V::T>& product) {
+void multiply(Product<typename V::T> product) {
   using T = typename V::T;
   using Tile = Tiling<V>;
   static constexpr Microkernels<V, kBiasPerRow> kMicrokernels;
@@ -204,11 +258,14 @@ void multiply(const Product<typename V::T>& product) {
   const int64_t blocks_in_l2 =
       max_of(1, Tile::kRowsBytes / (depth_step * int64_t(sizeof(T)) * int64_t(Tile::kTileRows)));
 
-  Ahead<T> coming[2] = {product.ahead[0], product.ahead[1]};
+  if (product.block_end - product.block_begin == 1) {
+    const Block block = block_at(product.row_count, blocks, product.block_begin);
+    if (block.size == 1) product.column_begin = multiply_row<V>(product, block.begin, kMicrokernels);
+  }
   for (int64_t k = 0; k < product.depth; k += depth_step) {
     const int64_t depth = min_of(depth_step, product.depth - k);
     const bool last = product.bias != nullptr && k + depth == product.depth;
-    Epilogue<T> epilogue{nullptr, k == 0 && !product.accumulate, last, product.activation, nullptr};
+    Epilogue<T> epilogue{nullptr, k == 0 && !product.accumulate, last, product.activation, nullptr, 0};
     for (int64_t group = product.block_begin; group < product.block_end; group += blocks_in_l2) {
       const int64_t group_end = min_of(group + blocks_in_l2, product.block_end);
       for (int64_t q = product.column_begin; q < product.column_end; q += Tile::kTileColumns) {
@@ -216,14 +273,21 @@ void multiply(const Product<typename V::T>& product) {
         const int64_t vectors = ceil_div(column_count, V::kLanes);
         const T* panel = product.columns + q * product.depth + k * vectors * V::kLanes;
         const T* const next = next_panel<V>(product, q, k, depth_step);
+        const int64_t calls = min_of(kPanelCalls, ceil_div(group_end - group, 2));
         for (int64_t b = group; b < group_end; ++b) {
           const Block block = block_at(product.row_count, blocks, b);
-          epilogue.prefetch = b == group ? next : panel;
-          for (Ahead<T>& ahead : coming) {
-            if (b == group || ahead.next >= ahead.end) continue;
-            epilogue.prefetch = ahead.next;
-            ahead.next += depth * vectors * V::kLanes;
-            break;
+          const int64_t size = depth * vectors * V::kLanes, call = b - group;
+          Ahead<T>* const coming = coming_of(product);
+          if (call < calls) {
+            epilogue.prefetch = next + call * size / calls;
+            epilogue.prefetch_step = ceil_div(vectors * V::kLanes, calls);
+          } else if (coming != nullptr) {
+            epilogue.prefetch = coming->next;
+            epilogue.prefetch_step = vectors * V::kLanes;
+            coming->next += size;
+          } else {
+            epilogue.prefetch = panel;
+            epilogue.prefetch_step = 0;
           }
           if (last) epilogue.bias = product.bias + (kBiasPerRow ? block.begin : q);
           kMicrokernels.table[vectors - 1][block.size - 1](
