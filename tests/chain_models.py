@@ -109,6 +109,21 @@ class ConvolutionAndLinear(Plain):
         return self.classifier(self.reduce(F.adaptive_avg_pool2d(x, 1)).view(-1, 35))
 
 
+class CastingLinear(nn.Linear):
+    """As timm's."""
+
+    def forward(self, x):
+        if torch.jit.is_scripting():
+            return F.linear(x, self.weight.to(dtype=x.dtype), self.bias.to(dtype=x.dtype))
+        return F.linear(x, self.weight, self.bias)
+
+
+class OwnLinear(Plain):
+    def __init__(self):
+        super().__init__()
+        self.classifier = CastingLinear(40, 5)
+
+
 class ActivatedMap(Plain):
     products = 2
 
@@ -130,5 +145,6 @@ HEADS = [
     ConvolutionHead,
     TwoLinears,
     ConvolutionAndLinear,
+    OwnLinear,
     ActivatedMap,
 ]

@@ -358,6 +358,35 @@ class TimesParameter(nn.Module):
         return weight * self.factor
 
 
+class DoubledLinear(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight * 2, self.bias)
+
+
+class BiasedTwice(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias) + self.bias
+
+
+class OfAnotherWeight(nn.Linear):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.other = nn.Parameter(torch.randn_like(self.weight))
+
+    def forward(self, x):
+        return F.linear(x, self.other, self.bias)
+
+
+@pytest.mark.parametrize("linear", [DoubledLinear, BiasedTwice, OfAnotherWeight])
+def test_linear_layers_that_do_something_else_stay_torchs(linear, chain_calls):
+    model = Plain()
+    model.classifier = linear(40, 5)
+    model = randomized(model).eval()
+    with torch.no_grad():
+        assert_same(fusedsep.freeze(model), model, torch.randn(2, 3, 24, 24))
+    assert MEANS not in rows_of(chain_calls)[0]
+
+
 def test_a_parametrized_weight_is_computed_for_each_call():
     model, frozen, x = frozen_and_input()
     for net in (model, frozen):

@@ -14,8 +14,9 @@ from torch import fx
 from .._chain_elements import Product
 from .activations import arguments_of
 from .dropouts import call_passes_on, passes_on
-from .sites import is_plain_pointwise
+from .sites import input_of, is_plain_pointwise
 from .tails import only_reader, tail_behind
+from .tracing import CallForm, Tracer, Untraceable
 
 _MEANS = {torch.mean, "mean"}
 _FLATTEN = {torch.flatten, "flatten"}
@@ -68,7 +69,7 @@ class _Search:
             if call_passes_on(reader) if module is None else passes_on(module):
                 continue
             if rank == 2:
-                fits = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+                fits = _is_linear(module)
             else:
                 fits = is_plain_pointwise(module)
             if not fits or "forward" in vars(module):
@@ -116,6 +117,22 @@ class _Search:
         if list(sizes[-1].users) != [reshape] or reshape.target not in _RESHAPE or reshape.kwargs:
             return None
         return [*sizes, reshape] if reshape.args[0] is node and _shape_of(reshape) == (sizes[-1], -1) else None
+
+
+def _is_linear(module: nn.Module | None) -> bool:
+    """Whether ``module`` is a linear layer; a forward of its own (timm's ``Linear``) is traced."""
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return isinstance(module, nn.Linear)
+    try:
+        graph = Tracer(module, CallForm.of_root(module), opaque=set()).run()
+    except (Untraceable, TypeError, ValueError):
+        return False
+    x, *calls, output = (node for node in graph.nodes if node.op != "get_attr")
+    if [node.target for node in calls] != [F.linear] or output.args != (calls[0],) or x.op != "placeholder":
+        return False
+    given = {"bias": None, **arguments_of(calls[0], ("weight", "bias")), "input": input_of(calls[0])}
+    read = {name: getattr(value, "target", value) for name, value in given.items()}
+    return read == {"input": x.target, "weight": "weight", "bias": None if module.bias is None else "bias"}
 
 
 def rank_of_pooled(node: fx.Node, modules: dict[str, nn.Module]) -> int | None:
