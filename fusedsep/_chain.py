@@ -106,8 +106,8 @@ class LayerChain:
         maps = [0]  # what each element gives, as the operator numbers the maps
         numbers: list[int] | None = None
         try:
-            for element, residual in zip(self.elements, self.residuals, strict=True):
-                own, height, width = element.layers(height, width, nchw)
+            for number, (element, residual) in enumerate(zip(self.elements, self.residuals, strict=True)):
+                own, height, width = element.layers(height, width, nchw and number == 0)
                 layers += [layer if layer.gated < 0 else layer._replace(gated=layer.gated + maps[-1]) for layer in own]
                 maps.append(len(layers))
                 shapes.append((layers[-1].out_channels, height, width))
@@ -133,7 +133,7 @@ class LayerChain:
             if not _kernel_path.are_readable(dtype, self._tensors()):
                 return None
             with torch.no_grad():
-                packed = torch.cat([element.pack(nchw) for element in self.elements])
+                packed = torch.cat([element.pack(nchw and i == 0) for i, element in enumerate(self.elements)])
                 alive = [None if tensor is None else tensor.detach() for tensor in tensors]
             self._packed.store(key, state, packed, alive)
         return packed

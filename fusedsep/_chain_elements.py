@@ -27,12 +27,16 @@ if TYPE_CHECKING:
 Place = tuple[dict[str, Any], str, str]
 
 
+#: Channels of a map that a whole convolution reads as it lies in NCHW.
+MOST_IMAGE_CHANNELS = 8
+
+
 class Convolution:
     """A convolution, its BN and its activation: ``activation(bn(conv(pad(x))))``.
 
     Args:
         conv: padded with zeros, with one stride (1 or 2) and one dilation for both directions, and one of: a 1x1
-            convolution; one of 3x3 taps and few channels, not grouped; a depthwise one of 3x3, 5x5 or 7x7 taps, whose
+            convolution; one of 3x3 taps, not grouped; a depthwise one of 3x3, 5x5 or 7x7 taps, whose
             dilation is 1.
         bn: in eval mode with running statistics, or ``None``.
         activation: its name.
@@ -59,8 +63,8 @@ class Convolution:
 
     @property
     def reads_images(self) -> bool:
-        """Whether its map may be NCHW."""
-        return not self.is_pointwise and not self.is_depthwise
+        """Whether its map may be NCHW, as the first one of a chain: images, which have few channels."""
+        return not self.is_pointwise and not self.is_depthwise and self.conv.in_channels <= MOST_IMAGE_CHANNELS
 
     @property
     def in_channels(self) -> int:

@@ -140,6 +140,19 @@ def residual_network(width=8):
     ]
 
 
+def whole_network(width=8):
+    """Convolutions of all channels in the middle: of stride 2, with a residual and with a dilation."""
+    return [
+        Layer(PATCHES, 3, width, 2, activations=(0, 2)),
+        Layer(PATCHES, width, 19, activations=(0, 4)),
+        Layer(PATCHES, 19, 19, activations=(0, 3), residual=2),
+        Layer(PATCHES, 19, 3 * width + 1, 2, pads=(0, 1, 0, 1), activations=(0, 1)),
+        Layer(PATCHES, 3 * width + 1, 40, 1, 2, (2, 2, 2, 2), (0, 0)),
+        Layer(DEPTHWISE, 40, 21, activations=(1, 0)),
+        Layer(MEANS, 21, 13, pads=(0, 0, 0, 0), activations=(0, 0)),
+    ]
+
+
 def excited_network(width=8):
     """Blocks of EfficientNet and of MobileNetV3: a gate, and a gate in a residual block."""
     return [

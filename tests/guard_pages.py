@@ -25,6 +25,7 @@ from chain_layers import (
     excited_network,
     expand,
     network,
+    whole_network,
 )
 from training_pairs import in_format
 
@@ -155,7 +156,7 @@ def check_chain(channels: int, size: int, dtype: torch.dtype) -> None:
         for kernel in (3, 5, 7)
         for stride in (1, 2)
     ]
-    for part in (*parts, pair[:1], pair, *alone, excited_network(5)):
+    for part in (*parts, pair[:1], pair, *alone, excited_network(5), whole_network(5)):
         x, packed, numbers = arguments(part, torch.randn(2, part[0].channels, size, size + 1).to(dtype))
         expected = _ops.chain(x, packed, numbers)
         for at_end in (True, False):

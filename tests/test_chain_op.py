@@ -19,6 +19,7 @@ from chain_layers import (
     network,
     residual_network,
     run,
+    whole_network,
 )
 
 from fusedsep import _ops
@@ -100,7 +101,7 @@ def test_map_wider_than_a_chain_of_sums():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("make", [residual_network, excited_network])
+@pytest.mark.parametrize("make", [residual_network, excited_network, whole_network])
 def test_networks(isa, make, dtype):
     torch.manual_seed(5)
     layers = make()
@@ -212,6 +213,7 @@ def test_no_map_lies_on_another_one():
     [
         (lambda: network(PATCHES, 3, 32), 3),
         (lambda: residual_network(24), 3),
+        (lambda: whole_network(24), 3),
         (lambda: excited_network(24), 3),
         (lambda: [depthwise_map(24, 5, 2), depthwise_map(24, 7, activation=3)], 24),
     ],
@@ -245,6 +247,7 @@ def test_shapes_while_tracing():
     for layers in (
         *(network(PATCHES)[:length] for length in range(1, 6)),
         residual_network(),
+        whole_network(),
         excited_network(),
         *(excited_network()[:length] for length in (3, 4, 5)),
         [depthwise_map(3, 7, 2)],
@@ -267,11 +270,11 @@ def test_refuses_what_it_cannot_run():
         "and nothing else": (x, packed, numbers[:-width]),
         "of the dtype of x": (x.double(), packed, numbers),
         "contiguous in channels_last": (x.contiguous(), packed, numbers),
-        "must be the first layer": (x, packed, numbers + numbers[:width]),
+        "only the first layer of a chain can read NCHW": (x, packed, [*numbers[:width], 2, *numbers[width + 1 :]]),
         "rows must be from 0 to 5, got 6": (x, packed, [6, *numbers[1:]]),
         "stride must be from 1 to 2, got 3": (x, packed, [*numbers[:2], 3, *numbers[3:]]),
         "residual must be from -1 to 0, got 1": (x, packed, [*numbers[:10], 1, *numbers[11:]]),
-        "cannot have a residual": (x, packed, [*numbers[:10], 0, *numbers[11:]]),
+        "cannot have a residual": (x, packed, [*numbers[:62], 0, *numbers[63:]]),
         "a map of the same shape": (x, packed, [*numbers[:23], 1, *numbers[24:]]),
         "kernel must be from 3 to 3, got 5": (x, packed, [*numbers[:11], 5, *numbers[12:]]),
         "gated must be from -1 to 0, got 1": (x, packed, [*numbers[:25], 1, *numbers[26:]]),

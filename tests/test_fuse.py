@@ -53,6 +53,7 @@ def test_every_site_runs_as_one_operation(name, site_calls):
 
 #: In eval mode, where nobody asks for gradients.
 LAYERS_OF_CHAINS = {
+    "3x3 behind",
     "squeeze-excitation",
     "5x5",
     "SiLU",

@@ -56,7 +56,7 @@ Tensor chain_as(const Tensor& x, const Tensor& packed, const std::vector<int64_t
     const Layer layer(numbers.data() + i);
     const Geometry& g = layer.geometry;
     const bool patches = layer.rows == Rows::kPatches || layer.rows == Rows::kPatchesOfNchw;
-    STD_TORCH_CHECK(!patches || i == 0, "a whole convolution must be the first layer of a chain");
+    STD_TORCH_CHECK(layer.rows != Rows::kPatchesOfNchw || i == 0, "only the first layer of a chain can read NCHW");
     check_range("a layer's gated", layer.gated, -1, int64_t(i / kNumbersPerLayer) - 1);
     if (layer.gated >= 0) {
       STD_TORCH_CHECK(layer.rows == Rows::kPixels, "a layer with a gated map must be a 1x1 convolution");
@@ -117,8 +117,7 @@ Tensor chain_as(const Tensor& x, const Tensor& packed, const std::vector<int64_t
     width = params.out_width;
     maps.push_back({channels, height, width});
     check_range("a layer's residual", layer.residual, -1, int64_t(i / kNumbersPerLayer));
-    STD_TORCH_CHECK(layer.residual < 0 || (!patches && layer.rows != Rows::kMeans),
-                    "the first convolution and the means of a chain cannot have a residual");
+    STD_TORCH_CHECK(layer.residual < 0 || layer.rows != Rows::kMeans, "the means of a chain cannot have a residual");
     STD_TORCH_CHECK(layer.residual < 0 || maps[size_t(layer.residual)] == maps.back(),
                     "the residual of a layer must be a map of the same shape");
     STD_TORCH_CHECK(layer.residual != 0 || numbers[0] != int64_t(Rows::kPatchesOfNchw),

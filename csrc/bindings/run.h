@@ -80,10 +80,22 @@ struct TiledMaps {
 };
 
 template <typename T>
+bool reads_patches(const SeparableParams<T>& p) {
+  return p.rows == Rows::kPatches || p.rows == Rows::kPatchesOfNchw;
+}
+
+// Numbers that a pixel of a tile keeps in L2 while the weights pass: of h, or of x where patches are read in place.
+template <typename T>
+int64_t kept_channels(const SeparableParams<T>& p) {
+  return reads_patches(p) ? p.in_channels / 9 * p.stride * p.stride : p.in_channels;
+}
+
+template <typename T>
 Plan plan_for(const SeparableKernels<T>& kernels, const SeparableParams<T>& params, int64_t threads) {
   const TiledMaps maps(params);
-  return make_plan({maps.count, params.in_channels, params.out_channels, maps.pixels, int64_t(sizeof(T)), kernels.lanes,
-                    kernels.tile_rows, kernels.tile_columns, params.channels_last, threads});
+  return make_plan({maps.count, params.in_channels, params.out_channels, maps.pixels, kept_channels(params),
+                    int64_t(sizeof(T)), kernels.lanes, kernels.tile_rows, kernels.tile_columns, params.channels_last,
+                    threads});
 }
 
 // How much scratch the jobs of a plan need.
@@ -98,7 +110,8 @@ struct ScratchSizes {
     const int64_t tiles = plan.tiles_per_image, units = (maps.pixels + plan.unit - 1) / plan.unit;
     jobs = maps.count * tiles;
     workers = plan.share_tiles ? 1 : std::min(jobs, threads);
-    of_worker = kernels.scratch_size(params.in_channels, (units + tiles - 1) / tiles * plan.unit, params.channels_last);
+    const int64_t pixels = (units + tiles - 1) / tiles * plan.unit;
+    of_worker = reads_patches(params) ? 0 : kernels.scratch_size(params.in_channels, pixels, params.channels_last);
     of_worker = (of_worker + 15) / 16 * 16;
     size = workers * of_worker;
   }

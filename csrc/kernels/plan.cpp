@@ -35,7 +35,7 @@ Plan make_plan(const PlanRequest& r) {
   if (r.batch == 0) return {1, unit, false};  // nothing to split, and the tile count below divides by the batch
   // Enough pixels to fill a register tile, however deep the reduction is.
   const int64_t least = r.channels_last ? r.tile_rows : r.tile_columns;
-  const int64_t fitting = kTileBytes / (r.in_channels * r.element_size);
+  const int64_t fitting = kTileBytes / (r.kept_channels * r.element_size);
   const int64_t most = std::min(std::max(fitting, least), kMaxTilePixels) / unit;  // units of a tile
   const int64_t units = ceil_div(r.out_pixels, unit);
   const int64_t fewest_tiles = ceil_div(units, most);

@@ -9,6 +9,7 @@ namespace fusedsep {
 
 struct PlanRequest {
   int64_t batch, in_channels, out_channels, out_pixels;
+  int64_t kept_channels;  // elements that a pixel of a tile keeps in L2
   int64_t element_size;
   int64_t lanes, tile_rows, tile_columns;
   bool channels_last;

@@ -63,10 +63,12 @@ class _Trial:
         if any(has_hooks(module) for module in conv.modules() if module is not conv):
             raise PaddingUnknown("has hooks inside")
         self._generator = torch.Generator().manual_seed(0)
-        # With maps of 7 bits no sum of the forward has more than 24. Fewer than 10 would not show rounded weights.
+        # No sum of the forward has more than 24 bits. Weights of fewer than 10 would not show that they were rounded.
         terms = conv.kernel_size[0] * conv.kernel_size[1] * conv.in_channels // conv.groups
-        self._bits_of_weights = min(11, 24 - 7 - math.ceil(math.log2(terms)))
-        if self._bits_of_weights < 10:
+        bits = 24 - math.ceil(math.log2(terms))
+        self._bits_of_maps = min(7, bits - 10)
+        self._bits_of_weights = min(11, bits - self._bits_of_maps)
+        if self._bits_of_maps < 4:
             raise PaddingUnknown("has too many taps to be tried in exact numbers")
         self._conv = copy.deepcopy(conv).to("cpu", torch.float32).requires_grad_()
         self._numbers = [*self._conv.parameters(), *self._conv.buffers()]
@@ -104,7 +106,7 @@ class _Trial:
 
     def _map(self, height: int, width: int, exponent: int = 0) -> torch.Tensor:
         images = 2 if height * width < 50 else 1  # one is enough where it takes time
-        return self._random((images, self._conv.in_channels, height, width), bits=7, exponent=exponent)
+        return self._random((images, self._conv.in_channels, height, width), bits=self._bits_of_maps, exponent=exponent)
 
     def _maps(self) -> Iterator[torch.Tensor]:
         """A map of each size; small and large values, since a forward may clamp them."""

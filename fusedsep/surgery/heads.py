@@ -68,10 +68,7 @@ class _Search:
             module = self._module(reader)
             if call_passes_on(reader) if module is None else passes_on(module):
                 continue
-            if rank == 2:
-                fits = _is_linear(module)
-            else:
-                fits = is_plain_pointwise(module)
+            fits = _is_linear(module) if rank == 2 else is_plain_pointwise(module)
             if not fits or "forward" in vars(module):
                 return head
             self._channels = module.weight.shape[0]

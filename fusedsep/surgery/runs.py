@@ -23,7 +23,7 @@ from .dropouts import call_passes_on, passes_on
 from .gates import gate_behind
 from .heads import head_behind
 from .program import FusedSite
-from .sites import input_of, is_depthwise_map, is_first_convolution, is_plain_pointwise, zero_pads
+from .sites import input_of, is_depthwise_map, is_plain_pointwise, is_whole_convolution, zero_pads
 from .tails import only_reader, tail_behind
 
 _ADD = {operator.add, torch.add, "add"}
@@ -67,7 +67,7 @@ class Run:
         self._numbers: dict[fx.Node, int] = {}  # of maps, by each of their names
         self._reads_images = False
         source = input_of(start)
-        if source is None or not (self._take_layer(start, source) or self._take_first_convolution(start)):
+        if source is None or not self._take_layer(start, source):
             return
         self._numbers[source] = 0
         closed: list[Step] = []
@@ -193,13 +193,13 @@ class Run:
         return True
 
     def _take_layer(self, node: fx.Node, source: fx.Node) -> bool:
-        """A site, or a convolution, 1x1 or depthwise, with what follows it."""
+        """A site, or a convolution, with what follows it."""
         target, module = node.target, self._module(node)
         if node.all_input_nodes != [source]:
             return False
         if not isinstance(target, FusedSite) and (module is None or not is_block(module)):
             fits = is_plain_pointwise(module) or is_depthwise_map(module)
-            return fits and self._take_convolution([node], module, NO_PADS)
+            return self._take_convolution([node], module, NO_PADS) if fits else self._take_whole_convolution(node)
         if isinstance(target, FusedSite):
             site, key, separable, modules = target, target.dw, target.separable, target.modules
         else:
@@ -213,15 +213,15 @@ class Run:
 
         return self._take(make, [node], site.pw.out_channels, key)
 
-    def _take_first_convolution(self, start: fx.Node) -> bool:
+    def _take_whole_convolution(self, node: fx.Node) -> bool:
         """A 3x3 convolution of few channels, behind nodes that put zeros around its map."""
-        nodes = [start]
+        nodes = [node]
         while not isinstance(conv := self._module(nodes[-1]), nn.Conv2d):
             reader = only_reader(nodes[-1])
             if reader is None or not _may_pad(nodes[-1], conv):
                 return False
             nodes.append(reader)
-        if not is_first_convolution(conv):
+        if not is_whole_convolution(conv):
             return False
         pads: Pads | str = NO_PADS
         for node in nodes[:-1]:
@@ -229,8 +229,7 @@ class Run:
             if more is None or ("same" in (more, pads) and pads != NO_PADS):
                 return False
             pads = sum_of_pads(pads, more)
-        self._reads_images = self._take_convolution(nodes, conv, pads)
-        return self._reads_images
+        return self._take_convolution(nodes, conv, pads)
 
     def _take_gate(self, names: list[fx.Node]) -> bool:
         """Squeeze-and-excitation of the last map, which goes by ``names``, and the 1x1 convolution behind it."""
@@ -261,6 +260,7 @@ class Run:
         if own is None or ("same" in (pads, own) and NO_PADS not in (pads, own)):
             return False
         element, nodes = self._read_convolution(nodes, conv, pads, own)
+        self._reads_images |= not self.steps and element.reads_images
         return self._take(lambda frozen: element, nodes, conv.out_channels, is_depthwise=element.is_depthwise)
 
     def _read_convolution(
