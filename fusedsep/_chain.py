@@ -124,7 +124,7 @@ class LayerChain:
 
     def _packed_for(self, dtype: torch.dtype, nchw: bool) -> torch.Tensor | None:
         """All packed weights; ``None`` where the kernels cannot read the tensors."""
-        state, tensors = self._state()
+        state = self._state()
         if state is None:
             return None
         key = _C.active_isa(), dtype, nchw
@@ -134,27 +134,23 @@ class LayerChain:
                 return None
             with torch.no_grad():
                 packed = torch.cat([element.pack(nchw and i == 0) for i, element in enumerate(self.elements)])
+                tensors = tensors_at(self._places) if self.frozen else []  # whose addresses are in the state
                 alive = [None if tensor is None else tensor.detach() for tensor in tensors]
             self._packed.store(key, state, packed, alive)
         return packed
 
-    def _state(self) -> tuple[object, list[torch.Tensor | None]]:
-        """What tells the numbers of all layers from any others, and the tensors whose addresses are in it.
-
-        ``None`` where it cannot be told.
-        """
+    def _state(self) -> object:
+        """What tells the numbers of all layers from any others; ``None`` where it cannot be told."""
         if self._places is None:  # not before a copy of the model is complete
             ends = [element for element in self.elements if not isinstance(element, FrozenSite)]
             self._places = [place for end in ends for place in end.places()]
             self._flat_places = tuple(part for place in self._places for part in place)
         if not self.frozen:
-            return _C.fingerprint_of(self._flat_places, torch.Tensor, nn.Parameter), []
-        tensors = tensors_at(self._places)
-        state = [site.constants for site in self._sites]
-        for tensor in tensors:
-            if tensor is not None:
-                state.append((tensor.data_ptr(), _bytes_of(tensor) if tensor.is_inference() else tensor._version))
-        return state, tensors
+            return _C.fingerprint_of(self._flat_places, torch.Tensor, nn.Parameter)
+        versions = _C.versions_of(self._flat_places, torch.Tensor, nn.Parameter)
+        if versions is None:
+            versions = [None if tensor is None else _version_of(tensor) for tensor in tensors_at(self._places)]
+        return versions, [site.constants for site in self._sites]
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("__name__", "elements", "residuals", "frozen")
@@ -168,7 +164,9 @@ class LayerChain:
 _SIZES_KEPT = 64
 
 
-def _bytes_of(tensor: torch.Tensor) -> int:
-    """A hash of all bytes: inference tensors do not count their changes."""
-    tensor = tensor.contiguous()
-    return _C.fingerprint([(tensor.data_ptr(), tensor.nbytes)])
+def _version_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """Its address and how often it has been changed; a hash of all bytes, as inference tensors do not count that."""
+    if not tensor.is_inference():
+        return tensor.data_ptr(), tensor._version
+    dense = tensor.contiguous()
+    return tensor.data_ptr(), _C.fingerprint([(dense.data_ptr(), dense.nbytes)])

@@ -193,6 +193,10 @@ PYBIND11_MODULE(_C, m) {
       "A hash of the tensors at (dictionary, key, name, ...); None if they cannot be told "
       "(csrc/bindings/parameters.h).");
   m.def(
+      "versions_of", &versions_of, "places"_a, "tensor_class"_a, "parameter_class"_a,
+      "The addresses of the tensors at (dictionary, key, name, ...) and how often each has been changed; None if they "
+      "cannot be told (csrc/bindings/parameters.h).");
+  m.def(
       "multiply_adds", &multiply_adds, "rounds"_a, "factor"_a, "addend"_a, "isa"_a,
       "x = x * factor + addend, `rounds` times in every lane of as many registers as the kernels use: the processor's "
       "limit in float32. Returns the number of floating-point operations and the sum of all lanes.");

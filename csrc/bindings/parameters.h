@@ -142,4 +142,35 @@ py::object fingerprint_of(const py::tuple& places, const py::type& tensor_class,
   return py::int_(hash.value(isa, seed, parallel_for));
 }
 
+// The addresses of the tensors at `places`, as above, and how often each has been changed. None where it cannot be
+// told: for tensors that were made in inference mode, which do not count, and as above.
+inline py::object versions_of(const py::tuple& places, const py::type& tensor_class, const py::type& parameter_class) {
+  const Entries entries(places, 3);
+  const DLPackExchange* const exchange = exchange_of(tensor_class);
+  if (exchange == nullptr) return py::none();
+  static PyObject* const version_name = PyUnicode_InternFromString("_version");
+  std::vector<int64_t> numbers;
+  numbers.reserve(size_t(entries.end()));
+  for (Py_ssize_t i = 0; i < entries.end(); i += 3) {
+    PyObject* const kept = entries.value(i);
+    if (kept == nullptr || !PyDict_Check(kept)) return py::none();
+    PyObject* const found = Entries::get(kept, entries.at(i, 2));
+    if (found == nullptr || found == Py_None) {
+      numbers.push_back(-1);
+      continue;
+    }
+    PyObject* const its_class = reinterpret_cast<PyObject*>(Py_TYPE(found));
+    if (its_class != tensor_class.ptr() && its_class != parameter_class.ptr()) return py::none();
+    const auto version = py::reinterpret_steal<py::object>(PyObject_GetAttr(found, version_name));
+    DLPackTensor tensor;
+    if (!version || exchange->tensor_from_object(found, &tensor) != 0) {
+      PyErr_Clear();
+      return py::none();
+    }
+    numbers.push_back(int64_t(reinterpret_cast<intptr_t>(tensor.data)) + int64_t(tensor.byte_offset));
+    numbers.push_back(PyLong_AsLongLong(version.ptr()));
+  }
+  return py::bytes(reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(int64_t));
+}
+
 }  // namespace fusedsep
