@@ -131,7 +131,7 @@ Tensor chain_as(const Tensor& x, const Tensor& packed, const std::vector<int64_t
   Tensor y = is_map ? empty_strided<4>(sizes, dense_strides(sizes, true), x.scalar_type())
                     : empty_strided<2>({batch, channels}, {channels, 1}, x.scalar_type());
   const int64_t threads = torch::stable::get_num_threads();
-  ChainRunner<T>(kernels, std::move(layers), std::move(residuals), std::move(gated))
+  ChainRunner<T>(kernels, layers, residuals, gated)
       .run(x.const_data_ptr<T>(), y.mutable_data_ptr<T>(), batch, threads, TorchParallelFor());
   return y;
 }

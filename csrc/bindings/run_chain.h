@@ -4,6 +4,9 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "run.h"
@@ -81,22 +84,108 @@ class MapPlan {
   int64_t total_ = 0;
 };
 
+// Consecutive layers, each of which takes what the one before it gives. They have all but their maps and batch filled
+// in. Layer i adds the map of layer `residuals[i]`: -1 is the input, anything less is none. A layer where there is a
+// `gated[i]` reads that map, times what the layer before it gives.
 template <typename T>
-class ChainRunner {
+class LayerRun {
  public:
-  // Layers have all but their maps and batch filled in; each takes what the one before it gives, and adds the map of
-  // layer `residuals[i]`: -1 is the input of the chain, anything less is none. A layer where there is a `gated[i]`
-  // reads that map, times what the layer before it gives.
-  ChainRunner(const SeparableKernels<T>& kernels, std::vector<SeparableParams<T>> layers,
-              std::vector<int64_t> residuals, std::vector<int64_t> gated)
+  LayerRun(const SeparableKernels<T>& kernels, std::vector<SeparableParams<T>> layers, std::vector<int64_t> residuals,
+           std::vector<int64_t> gated, int64_t images_at_once)
       : kernels_(kernels),
         layers_(std::move(layers)),
         residuals_(std::move(residuals)),
         gated_(std::move(gated)),
-        maps_(out_sizes(layers_), residuals_, gated_) {
+        images_at_once_(images_at_once),
+        maps_(out_sizes(layers_), residuals_, gated_) {}
+
+  int64_t in_size() const { return fusedsep::in_size(layers_.front()); }
+  int64_t out_size() const { return fusedsep::out_size(layers_.back()); }
+
+  // The maps of the images that are worked on at once, and the scratch of the layer that needs most.
+  int64_t workspace_size(int64_t images, int64_t threads) const {
+    const int64_t most = std::min(images, images_at_once_);
+    int64_t scratch = 0;
+    for (SeparableParams<T> layer : layers_) {
+      for (const int64_t batch : {most, images % most}) {
+        if (batch == 0) continue;
+        layer.batch = batch;
+        const int64_t size = layer.rows == Rows::kDepthwiseMap
+                                 ? MapSplit<T>(kernels_, layer, threads).size
+                                 : ScratchSizes<T>(kernels_, layer, plan_for(kernels_, layer, threads), threads).size;
+        scratch = std::max(scratch, size);
+      }
+    }
+    return most * maps_.total() + scratch;
+  }
+
+  template <class ParallelFor>
+  void run(const T* x, T* y, int64_t images, int64_t threads, const ParallelFor& parallel_for, T* memory) const {
+    const int64_t most = std::min(images, images_at_once_);
+    for (int64_t image = 0; image < images; image += most) {
+      run_at_once(x + image * in_size(), y + image * out_size(), std::min(most, images - image), most, threads,
+                  parallel_for, memory);
+    }
+  }
+
+ private:
+  static std::vector<int64_t> out_sizes(const std::vector<SeparableParams<T>>& layers) {
+    std::vector<int64_t> sizes;
+    for (const auto& layer : layers) sizes.push_back(fusedsep::out_size(layer));
+    return sizes;
+  }
+
+  template <class ParallelFor>
+  void run_at_once(const T* x, T* y, int64_t images, int64_t most, int64_t threads, const ParallelFor& parallel_for,
+                   T* memory) const {
+    const auto map_of = [&](int64_t i) -> T* { return i < 0 ? nullptr : memory + most * maps_.offset(size_t(i)); };
+    T* const scratch = memory + most * maps_.total();
+    const T* in = x;
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      SeparableParams<T> layer = layers_[i];
+      layer.batch = images;
+      layer.x = in;
+      layer.y = i + 1 == layers_.size() ? y : map_of(int64_t(i));
+      layer.residual = residuals_[i] == -1 ? x : map_of(residuals_[i]);
+      if (gated_[i] >= -1) {
+        layer.gate = in;
+        layer.x = gated_[i] == -1 ? x : map_of(gated_[i]);
+      }
+      if (layer.rows == Rows::kDepthwiseMap) {
+        run_depthwise_map(kernels_, layer, threads, parallel_for, scratch);
+      } else {
+        run_separable(kernels_, layer, plan_for(kernels_, layer, threads), threads, parallel_for, scratch);
+      }
+      in = layer.y;
+    }
+  }
+
+  const SeparableKernels<T>& kernels_;
+  std::vector<SeparableParams<T>> layers_;
+  std::vector<int64_t> residuals_, gated_;
+  int64_t images_at_once_;
+  MapPlan maps_;
+};
+
+template <typename T>
+class ChainRunner {
+ public:
+  // Layers, residuals and gated as of a LayerRun.
+  ChainRunner(const SeparableKernels<T>& kernels, const std::vector<SeparableParams<T>>& layers,
+              const std::vector<int64_t>& residuals, const std::vector<int64_t>& gated) {
+    const size_t head = head_of(layers, residuals, gated);
+    const auto part = [&](size_t begin, size_t end, int64_t images_at_once) {
+      const auto of = [&](const auto& all) {
+        return std::decay_t<decltype(all)>(all.begin() + int64_t(begin), all.begin() + int64_t(end));
+      };
+      parts_.emplace_back(kernels, of(layers), of(residuals), of(gated), images_at_once);
+    };
     int64_t most = 1;
-    for (const auto& layer : layers_) most = std::max(most, in_size(layer) + out_size(layer));
-    images_at_once_ = std::max(int64_t(1), kImagesBytes / (most * int64_t(sizeof(T))));
+    for (size_t i = 0; i < head; ++i) most = std::max(most, in_size(layers[i]) + out_size(layers[i]));
+    part(0, head, images_of(most));
+    if (head == layers.size()) return;
+    images_of_head_ = images_of(in_size(layers[head]));
+    part(head, layers.size(), images_of_head_);
   }
 
   // While there are images for every thread, each thread takes its own through all layers and waits for nobody. What
@@ -129,64 +218,54 @@ class ChainRunner {
     }
   };
 
-  static std::vector<int64_t> out_sizes(const std::vector<SeparableParams<T>>& layers) {
-    std::vector<int64_t> sizes;
-    for (const auto& layer : layers) sizes.push_back(out_size(layer));
-    return sizes;
+  // As many as fit in kImagesBytes, of so many elements each.
+  static int64_t images_of(int64_t elements) {
+    return std::max(int64_t(1), kImagesBytes / (elements * int64_t(sizeof(T))));
   }
 
-  // The maps of the images that are worked on at once, and the scratch of the layer that needs most.
+  // The first layer of the products of means at the end; their number of layers where there are none, or no others.
+  static size_t head_of(const std::vector<SeparableParams<T>>& layers, const std::vector<int64_t>& residuals,
+                        const std::vector<int64_t>& gated) {
+    for (size_t i = layers.size(); i-- > 1;) {
+      if (residuals[i] >= -1 || gated[i] >= -1) break;
+      if (layers[i].rows == Rows::kMeans) return i;
+      if (layers[i].rows != Rows::kPixels) break;
+    }
+    return layers.size();
+  }
+
+  bool has_head() const { return parts_.size() > 1; }
+
+  // What the layers of the head read: of several images, so that its weights, which are many, pass once for these.
+  int64_t head_size(int64_t images) const {
+    return has_head() ? (std::min(images, images_of_head_) * parts_.back().in_size() + 15) / 16 * 16 : 0;
+  }
+
   int64_t workspace_size(int64_t images, int64_t threads) const {
-    const int64_t most = std::min(images, images_at_once_);
-    int64_t scratch = 0;
-    for (SeparableParams<T> layer : layers_) {
-      for (const int64_t batch : {most, images % most}) {
-        if (batch == 0) continue;
-        layer.batch = batch;
-        const int64_t size = layer.rows == Rows::kDepthwiseMap
-                                 ? MapSplit<T>(kernels_, layer, threads).size
-                                 : ScratchSizes<T>(kernels_, layer, plan_for(kernels_, layer, threads), threads).size;
-        scratch = std::max(scratch, size);
+    int64_t size = 0;
+    for (const auto& part : parts_) {
+      for (const int64_t count : {std::min(images, images_of_head_), images % images_of_head_}) {
+        if (count > 0) size = std::max(size, part.workspace_size(count, threads));
       }
     }
-    return most * maps_.total() + scratch;
+    return head_size(images) + size;
   }
 
   template <class ParallelFor>
   void run_images(const T* x, T* y, int64_t begin, int64_t end, int64_t threads, const ParallelFor& parallel_for,
                   T* memory) const {
-    const int64_t most = std::min(end - begin, images_at_once_);
-    for (int64_t image = begin; image < end; image += most) {
-      const int64_t images = std::min(most, end - image);
-      const auto map_of = [&](int64_t i) -> T* { return i < 0 ? nullptr : memory + most * maps_.offset(size_t(i)); };
-      const T* const images_in = x + image * in_size(layers_.front());
-      const T* in = images_in;
-      for (size_t i = 0; i < layers_.size(); ++i) {
-        SeparableParams<T> layer = layers_[i];
-        layer.batch = images;
-        layer.x = in;
-        layer.y = i + 1 == layers_.size() ? y + image * out_size(layer) : map_of(int64_t(i));
-        layer.residual = residuals_[i] == -1 ? images_in : map_of(residuals_[i]);
-        if (gated_[i] >= -1) {
-          layer.gate = in;
-          layer.x = gated_[i] == -1 ? images_in : map_of(gated_[i]);
-        }
-        T* const scratch = memory + most * maps_.total();
-        if (layer.rows == Rows::kDepthwiseMap) {
-          run_depthwise_map(kernels_, layer, threads, parallel_for, scratch);
-        } else {
-          run_separable(kernels_, layer, plan_for(kernels_, layer, threads), threads, parallel_for, scratch);
-        }
-        in = layer.y;
-      }
+    const LayerRun<T>&body = parts_.front(), &last = parts_.back();
+    T* const rest = memory + head_size(end - begin);
+    for (int64_t image = begin, images; image < end; image += images) {
+      images = std::min(images_of_head_, end - image);
+      T* const out = y + image * last.out_size();
+      body.run(x + image * body.in_size(), has_head() ? memory : out, images, threads, parallel_for, rest);
+      if (has_head()) last.run(memory, out, images, threads, parallel_for, rest);
     }
   }
 
-  const SeparableKernels<T>& kernels_;
-  std::vector<SeparableParams<T>> layers_;
-  std::vector<int64_t> residuals_, gated_;
-  MapPlan maps_;
-  int64_t images_at_once_ = 1;
+  std::vector<LayerRun<T>> parts_;  // all but the head, and the head
+  int64_t images_of_head_ = std::numeric_limits<int64_t>::max();
 };
 
 }  // namespace fusedsep
