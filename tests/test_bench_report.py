@@ -14,9 +14,11 @@ import torch
 import torch.nn as nn
 from randomize import randomized
 from test_gated_chains import EfficientNet
+from test_whole_convolutions import Whole
 
 import fusedsep
 from fusedsep import reference
+from fusedsep._ops import ChainLayer
 from fusedsep.cli import _inference, _inference_page, _limits, _output, _parts, _peers, _svg, main
 
 LIMITS = _limits.Limits(
@@ -86,7 +88,7 @@ def test_the_parts_of_mobilenet_are_all_of_it():
     x = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
     frozen = fusedsep.freeze(network)
     parts = _parts.parts_of(frozen, x)
-    assert [part.kind for part in parts] == [_parts.FIRST, *13 * [_parts.SEPARABLE], _parts.CLASSIFIER]
+    assert [part.kind for part in parts] == [_parts.WHOLE, *13 * [_parts.SEPARABLE], _parts.CLASSIFIER]
     assert parts[1].name == "1: 8 -> 16, 32x32"
     assert parts[2].name == "2: 16 -> 32, 32x32 /2"
     assert sum(part.mult_adds for part in parts) == fusedsep.complexity(network, (2, 3, 64, 64)).mult_adds
@@ -102,12 +104,28 @@ def test_the_parts_of_an_excited_network(chain_calls):
     x = torch.randn(2, 3, 64, 64)
     parts = _parts.parts_of(fusedsep.freeze(network), x)
     block = [_parts.POINTWISE, _parts.DEPTHWISE, _parts.GATED]
-    assert [part.kind for part in parts] == [_parts.FIRST, *3 * block, _parts.POINTWISE, _parts.CLASSIFIER]
+    assert [part.kind for part in parts] == [_parts.WHOLE, *3 * block, _parts.POINTWISE, _parts.CLASSIFIER]
     assert sum(part.mult_adds for part in parts) == fusedsep.complexity(network, (2, 3, 64, 64)).mult_adds
     with torch.inference_mode():
         torch.testing.assert_close(parts[-1].call(), network(x), rtol=1e-4, atol=1e-4)
     assert len(chain_calls) == 1
     assert not {part.kind for part in parts} - _inference_page._KINDS.keys()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_whole_convolutions_are_parts_that_run_as_in_their_chain(memory_format, chain_calls):
+    network = randomized(Whole()).eval()
+    x = torch.randn(2, 3, 64, 64).contiguous(memory_format=memory_format)
+    frozen = fusedsep.freeze(network)
+    parts = _parts.parts_of(frozen, x)
+    assert [part.kind for part in parts] == [*4 * [_parts.WHOLE], _parts.SEPARABLE, _parts.CLASSIFIER]
+    assert sum(part.mult_adds for part in parts) == fusedsep.complexity(network, (2, 3, 64, 64)).mult_adds
+    with torch.inference_mode():
+        frozen(x)
+        for part in parts[:4]:
+            part.call()
+    (_, _, together), *alone = chain_calls
+    assert [layers[0] for _, _, layers in alone] == together[: 4 * len(ChainLayer._fields) : len(ChainLayer._fields)]
 
 
 def test_ends_run_in_our_kernels(chain_calls):

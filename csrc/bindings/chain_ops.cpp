@@ -55,7 +55,6 @@ Tensor chain_as(const Tensor& x, const Tensor& packed, const std::vector<int64_t
   for (size_t i = 0; i < numbers.size(); i += kNumbersPerLayer) {
     const Layer layer(numbers.data() + i);
     const Geometry& g = layer.geometry;
-    const bool patches = layer.rows == Rows::kPatches || layer.rows == Rows::kPatchesOfNchw;
     STD_TORCH_CHECK(layer.rows != Rows::kPatchesOfNchw || i == 0, "only the first layer of a chain can read NCHW");
     check_range("a layer's gated", layer.gated, -1, int64_t(i / kNumbersPerLayer) - 1);
     if (layer.gated >= 0) {
@@ -70,7 +69,7 @@ Tensor chain_as(const Tensor& x, const Tensor& packed, const std::vector<int64_t
     gated.push_back(layer.gated - 1);
     SeparableParams<T> params{};
     params.rows = layer.rows;
-    params.in_channels = patches ? 9 * channels : channels;
+    params.in_channels = reads_patches(params) ? 9 * channels : channels;
     params.height = height;
     params.width = width;
     params.out_channels = layer.out_channels;

@@ -21,8 +21,7 @@ constexpr size_t kKeptBytes = 64 * 1024 * 1024;
 // Elements of one image's input and output of a layer.
 template <typename T>
 int64_t in_size(const SeparableParams<T>& layer) {
-  const bool patches = layer.rows == Rows::kPatches || layer.rows == Rows::kPatchesOfNchw;
-  return (patches ? layer.in_channels / 9 : layer.in_channels) * layer.height * layer.width;
+  return (reads_patches(layer) ? layer.in_channels / 9 : layer.in_channels) * layer.height * layer.width;
 }
 template <typename T>
 int64_t out_size(const SeparableParams<T>& layer) {

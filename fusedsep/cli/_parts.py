@@ -19,14 +19,14 @@ from .._frozen import FrozenSeparable
 from ._limits import Limits
 from ._measure import Times, time_interleaved
 
-SEPARABLE, FIRST, POINTWISE, CLASSIFIER = "depthwise-separable", "first convolution", "1x1 convolution", "classifier"
+SEPARABLE, WHOLE, POINTWISE, CLASSIFIER = "depthwise-separable", "3x3 convolution", "1x1 convolution", "classifier"
 DEPTHWISE, GATED = "depthwise convolution", "squeeze-and-excitation, 1x1 convolution"
 OTHER = "other"
 
 
 @dataclass(frozen=True)
 class Part:
-    """A site, a first convolution, a 1x1 convolution, perhaps behind a gate, a depthwise one by itself or a classifier.
+    """A site, a whole 3x3 convolution, a 1x1 one, perhaps behind a gate, a depthwise one by itself, a classifier.
 
     Attributes:
         kind: one of the above.
@@ -134,7 +134,8 @@ def _site(index: int, site: FrozenSeparable, x: torch.Tensor, y: torch.Tensor) -
 
 def _layer(index: int, layer: Convolution | GatedConvolution | Classifier, x: torch.Tensor, y: torch.Tensor) -> Part:
     kind = _kind_of(layer)
-    nchw = kind == FIRST and not x.is_contiguous(memory_format=torch.channels_last)
+    is_first = index == 0 and kind == WHOLE and layer.reads_images  # others read what a chain holds, channels_last
+    nchw = is_first and not x.is_contiguous(memory_format=torch.channels_last)
     layers, _, _ = layer.layers(*x.shape[-2:], nchw)
     if not nchw:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -155,7 +156,7 @@ def _kind_of(layer: Convolution | GatedConvolution | Classifier) -> str:
         return CLASSIFIER
     if isinstance(layer, GatedConvolution):
         return GATED
-    return POINTWISE if layer.is_pointwise else DEPTHWISE if layer.is_depthwise else FIRST
+    return POINTWISE if layer.is_pointwise else DEPTHWISE if layer.is_depthwise else WHOLE
 
 
 def _nbytes(*tensors: torch.Tensor) -> int:
