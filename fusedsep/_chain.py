@@ -10,6 +10,7 @@ import torch.nn as nn
 
 from . import _C, _compat, _kernel_path, _ops
 from ._chain_elements import Classifier, Convolution, Element, FrozenSite, Place, depthwise_of, tensors_at
+from ._dictionaries import Snapshot
 from ._ops import ChainLayer
 
 
@@ -41,6 +42,7 @@ class LayerChain:
         self._layers: dict[tuple[int, int, bool], list[int] | None] = {}
         self._places: list[Place] | None = None
         self._flat_places: tuple[Any, ...] = ()
+        self._found: tuple[Snapshot, tuple[torch.Tensor | None, ...]] | None = None
 
     def numbers(self) -> list[nn.Module]:
         """Modules that look after their own hooks: none, as none of them is called."""
@@ -147,9 +149,14 @@ class LayerChain:
             self._flat_places = tuple(part for place in self._places for part in place)
         if not self.frozen:
             return _C.fingerprint_of(self._flat_places, torch.Tensor, nn.Parameter)
-        versions = _C.versions_of(self._flat_places, torch.Tensor, nn.Parameter)
+        found = self._found
+        if found is None or not found[0].is_current():
+            kept = [each for attributes, kind, _ in self._places for each in (attributes, attributes[kind])]
+            snapshot = Snapshot(tuple({id(each): each for each in kept}.values()))
+            found = self._found = snapshot, _C.tensors_at(self._flat_places)
+        versions = _C.versions_of(found[1], torch.Tensor, nn.Parameter)
         if versions is None:
-            versions = [None if tensor is None else _version_of(tensor) for tensor in tensors_at(self._places)]
+            versions = [None if tensor is None else _version_of(tensor) for tensor in found[1]]
         return versions, [site.constants for site in self._sites]
 
     def __getstate__(self) -> dict[str, Any]:

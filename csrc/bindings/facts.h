@@ -6,6 +6,9 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstring>
+#include <vector>
+
 namespace fusedsep {
 
 namespace py = pybind11;
@@ -75,6 +78,38 @@ inline bool facts_hold(const py::tuple& identical, const py::tuple& same, const 
     if (is_equal != 1) return false;
   }
   return true;
+}
+
+// The version of each dictionary, which is another one after every change of it and never comes again: a look at one
+// number for all entries. None where Python does not count them, which it did up to 3.11 (PEP 509).
+inline py::object dictionary_versions(const py::tuple& dictionaries) {
+#if PY_VERSION_HEX < 0x030C0000
+  std::vector<uint64_t> versions;
+  versions.reserve(dictionaries.size());
+  for (const py::handle dictionary : dictionaries) {
+    if (!PyDict_Check(dictionary.ptr())) throw py::type_error("only dictionaries have versions");
+    versions.push_back(reinterpret_cast<PyDictObject*>(dictionary.ptr())->ma_version_tag);
+  }
+  return py::bytes(reinterpret_cast<const char*>(versions.data()), versions.size() * sizeof(uint64_t));
+#else
+  return py::none();
+#endif
+}
+
+// Whether `dictionaries` have the versions that `dictionary_versions` found.
+inline bool are_unchanged(const py::tuple& dictionaries, const py::bytes& versions) {
+#if PY_VERSION_HEX < 0x030C0000
+  const char* expected = PyBytes_AS_STRING(versions.ptr());
+  const Py_ssize_t count = PyTuple_GET_SIZE(dictionaries.ptr());
+  if (PyBytes_GET_SIZE(versions.ptr()) != count * Py_ssize_t(sizeof(uint64_t))) return false;
+  for (Py_ssize_t i = 0; i < count; ++i, expected += sizeof(uint64_t)) {
+    const auto* const dictionary = reinterpret_cast<PyDictObject*>(PyTuple_GET_ITEM(dictionaries.ptr(), i));
+    if (std::memcmp(&dictionary->ma_version_tag, expected, sizeof(uint64_t)) != 0) return false;
+  }
+  return true;
+#else
+  return false;
+#endif
 }
 
 }  // namespace fusedsep

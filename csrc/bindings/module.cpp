@@ -184,6 +184,10 @@ PYBIND11_MODULE(_C, m) {
         "A 64-bit hash of the bytes of [(address, bytes), ...], which must stay alive and unchanged meanwhile.");
   m.def("facts_hold", &facts_hold, "identical"_a, "same"_a, "equal"_a, "empty"_a, "absent"_a, "classes"_a,
         "Whether all entries of dictionaries are as they should be; flat tuples (csrc/bindings/facts.h).");
+  m.def("dictionary_versions", &dictionary_versions, "dictionaries"_a,
+        "Bytes that are others after any change of the dictionaries; None where Python does not count those.");
+  m.def("are_unchanged", &are_unchanged, "dictionaries"_a, "versions"_a,
+        "Whether dictionaries are as they were when dictionary_versions gave `versions`.");
   m.def(
       "fingerprint_of",
       [](const py::tuple& places, const py::type& tensor_class, const py::type& parameter_class) {
@@ -192,10 +196,11 @@ PYBIND11_MODULE(_C, m) {
       "places"_a, "tensor_class"_a, "parameter_class"_a,
       "A hash of the tensors at (dictionary, key, name, ...); None if they cannot be told "
       "(csrc/bindings/parameters.h).");
-  m.def(
-      "versions_of", &versions_of, "places"_a, "tensor_class"_a, "parameter_class"_a,
-      "The addresses of the tensors at (dictionary, key, name, ...) and how often each has been changed; None if they "
-      "cannot be told (csrc/bindings/parameters.h).");
+  m.def("tensors_at", &tensors_at, "places"_a,
+        "The tensors at (dictionary, key, name, ...); None where there is none.");
+  m.def("versions_of", &versions_of, "tensors"_a, "tensor_class"_a, "parameter_class"_a,
+        "The addresses of tensors and how often each has been changed; None if they cannot be told "
+        "(csrc/bindings/parameters.h).");
   m.def(
       "multiply_adds", &multiply_adds, "rounds"_a, "factor"_a, "addend"_a, "isa"_a,
       "x = x * factor + addend, `rounds` times in every lane of as many registers as the kernels use: the processor's "

@@ -142,20 +142,29 @@ py::object fingerprint_of(const py::tuple& places, const py::type& tensor_class,
   return py::int_(hash.value(isa, seed, parallel_for));
 }
 
-// The addresses of the tensors at `places`, as above, and how often each has been changed. None where it cannot be
-// told: for tensors that were made in inference mode, which do not count, and as above.
-inline py::object versions_of(const py::tuple& places, const py::type& tensor_class, const py::type& parameter_class) {
+// The tensors at `places`, as above; None where there is none.
+inline py::tuple tensors_at(const py::tuple& places) {
   const Entries entries(places, 3);
+  py::tuple tensors(size_t(entries.end() / 3));
+  for (Py_ssize_t i = 0; i < entries.end(); i += 3) {
+    PyObject* const kept = entries.value(i);
+    PyObject* found = kept == nullptr || !PyDict_Check(kept) ? nullptr : Entries::get(kept, entries.at(i, 2));
+    tensors[size_t(i / 3)] = py::reinterpret_borrow<py::object>(found == nullptr ? Py_None : found);
+  }
+  return tensors;
+}
+
+// The addresses of `tensors`, of which some may be None, and how often each has been changed. None where it cannot be
+// told: for tensors that were made in inference mode, which do not count, of other classes, and where torch has no way.
+inline py::object versions_of(const py::tuple& tensors, const py::type& tensor_class, const py::type& parameter_class) {
   const DLPackExchange* const exchange = exchange_of(tensor_class);
   if (exchange == nullptr) return py::none();
   static PyObject* const version_name = PyUnicode_InternFromString("_version");
   std::vector<int64_t> numbers;
-  numbers.reserve(size_t(entries.end()));
-  for (Py_ssize_t i = 0; i < entries.end(); i += 3) {
-    PyObject* const kept = entries.value(i);
-    if (kept == nullptr || !PyDict_Check(kept)) return py::none();
-    PyObject* const found = Entries::get(kept, entries.at(i, 2));
-    if (found == nullptr || found == Py_None) {
+  numbers.reserve(2 * tensors.size());
+  for (const py::handle tensor_or_none : tensors) {
+    PyObject* const found = tensor_or_none.ptr();
+    if (found == Py_None) {
       numbers.push_back(-1);
       continue;
     }

@@ -17,6 +17,7 @@ from torch import fx
 from .. import _C
 from .._compat import HOOKS, has_global_hooks, has_hooks, is_plain_convolution
 from .._convolution import ConvNormActivation
+from .._dictionaries import Snapshot
 from .._separable import SeparableConv
 from .batch_norms import is_plain_batch_norm
 from .dropouts import is_dropout
@@ -215,7 +216,13 @@ class Program:
             return not self._has_changed()
         if self._facts is None:
             self._facts = self._collect_facts()
-        return _C.facts_hold(*self._facts)
+            self._dictionaries, self._other_facts = self._split_facts()
+        if self._seen is not None and self._seen.is_current():
+            return _C.facts_hold(*self._other_facts)
+        seen = Snapshot(self._dictionaries)  # before a look at what is in them
+        holds = _C.facts_hold(*self._facts)
+        self._seen = seen if holds else None
+        return holds
 
     def _has_changed(self) -> bool:
         for parent, name, module in self.slots:
@@ -245,6 +252,17 @@ class Program:
         ]
         return tuple(tuple(itertools.chain(*facts)) for facts in (identical, same, equal, empty, absent, self.kinds))
 
+    def _split_facts(self) -> tuple[tuple[dict[str, Any], ...], tuple[tuple[Any, ...], ...]]:
+        """The dictionaries that hold the facts, and the facts that may change without a change of any of them."""
+        modules = {parent for parent, _, _ in self.slots} | {module for pair in self.modes for module in pair}
+        modules |= {module for module, _, _ in self.settings}
+        kept = [*map(vars, modules), *(parent._modules for parent, _, _ in self.slots)]
+        for module, _ in self.kinds:
+            kept += [vars(module), *(vars(module)[name] for name in HOOKS)]
+        mutable = [(vars(module), name, value) for module, name, value in self.settings if not _is_constant(value)]
+        others = ((), (), tuple(itertools.chain(*mutable)), (), (), tuple(itertools.chain(*self.kinds)))
+        return tuple({id(each): each for each in kept}.values()), others
+
     def __call__(self, *arguments: Any) -> Any:
         return self._function(self.owner, *arguments)
 
@@ -254,6 +272,7 @@ class Program:
         exec(compile(self.source, f"<forward of {type(self.owner).__name__}, fused>", "exec"), names)
         self._function = names["forward"]
         self._facts: tuple[tuple[Any, ...], ...] | None = None
+        self._seen: Snapshot | None = None  # when all facts held
         self._signature = signature_of(self.owner)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -294,6 +313,11 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, dict):
         return all(map(_is_plain, [*value, *value.values()]))
     return isinstance(value, _PLAIN_TYPES)
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether nobody can change ``value`` itself."""
+    return isinstance(value, _PLAIN_TYPES) or (isinstance(value, tuple) and all(map(_is_constant, value)))
 
 
 def _names_read_by(module: nn.Module) -> set[str]:
