@@ -68,7 +68,7 @@ BLOCKS = [*mobilenet_v1(1.0, 224), *mobilenet_v1(0.25, 128), *OTHER_NETWORKS]
 #: (width multiplier, resolution) of whole MobileNetV1s: the corners of the paper's tables 6 and 7, and some between.
 NETWORKS = [(1.0, 224), (1.0, 160), (0.75, 192), (0.5, 160), (0.25, 224), (0.25, 128)]
 
-#: Name in inverted_residuals.py and resolution of other whole networks.
+#: Name in `subjects.OTHER_NETWORKS` and resolution of other whole networks.
 OTHER_WHOLE_NETWORKS = [
     ("MobileNetV2", 224),
     ("MobileNetV3 large", 224),
@@ -76,6 +76,8 @@ OTHER_WHOLE_NETWORKS = [
     ("EfficientNet-Lite0", 224),
     ("EfficientNet-B0", 224),
     ("EfficientNet-B0", 128),
+    ("ShuffleNetV2", 224),
+    ("GhostNet", 224),
 ]
 
 #: The entries of `NETWORKS` and the batch, for the comparison with other engines: everything that the paper crosses,

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import branches
 import inverted_residuals
 import torch
 import torch.nn as nn
@@ -207,9 +208,16 @@ def network(width: float, resolution: int, batch: int = 1) -> Subject:
     return Subject("MobileNetV1", f"{width}-{resolution}", *network_and_input(width, resolution, batch))
 
 
+OTHER_NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    **inverted_residuals.NETWORKS,
+    "ShuffleNetV2": branches.ShuffleNetV2,
+    "GhostNet": branches.GhostNet,
+}
+
+
 def other_network(name: str, resolution: int, batch: int = 1) -> Subject:
     torch.manual_seed(0)
-    module = inverted_residuals.NETWORKS[name]()
+    module = OTHER_NETWORKS[name]()
     return OtherNetwork(name, f"{resolution}x{resolution}", module, torch.randn(batch, 3, resolution, resolution))
 
 

@@ -1,24 +1,55 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Consecutive layers of a model in eval mode as one call."""
+"""Several layers of a model in eval mode as one call."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 
 from . import _C, _compat, _kernel_path, _ops
-from ._chain_elements import Classifier, Convolution, Element, FrozenSite, Place, depthwise_of, tensors_at
+from ._chain_elements import (
+    Classifier,
+    Convolution,
+    Element,
+    FrozenSite,
+    Place,
+    depthwise_of,
+    tensors_at,
+)
+from ._combinations import Combination
 from ._dictionaries import Snapshot
 from ._ops import ChainLayer
 
+#: The number of the map that a chain reads; map i is that of element i - 1.
+INPUT = 0
+
+
+class Part(NamedTuple):
+    """Channels [begin, begin + channels) of a map."""
+
+    map: int
+    begin: int
+    channels: int
+
+
+class Link(NamedTuple):
+    """What an element of a chain reads and writes.
+
+    Attributes:
+        input: what it is called with.
+        output: where its map lies: in a map of its own, or of an element in front of it.
+        residual: what is added to its map, or combined with it; ``None`` if there is no such.
+    """
+
+    input: Part
+    output: Part
+    residual: Part | None = None
+
 
 class LayerChain:
-    """Layers that each read what the one before gives, and additions of such maps; eval only.
-
-    ``residuals`` has for each layer the number of the map that is added to its own, or -1: 0 is the input of the chain,
-    i what layer i - 1 gives.
+    """Layers that read what those in front of them give, and what becomes of their maps; eval only.
 
     Called with a batch of float maps on the CPU, several are one call of the operator; anything else goes through the
     layers one by one, with the same result up to rounding.
@@ -28,12 +59,13 @@ class LayerChain:
     holds counts its changes; of modules that somebody may still train, every byte is looked at.
 
     Args:
+        links: of each element, in the order in which they run; the last one writes the output.
         frozen: the model is.
     """
 
-    def __init__(self, name: str, elements: list[Element], residuals: list[int], frozen: bool) -> None:
+    def __init__(self, name: str, elements: list[Element], links: list[Link], frozen: bool) -> None:
         self.__name__ = name
-        self.elements, self.residuals, self.frozen = elements, residuals, frozen
+        self.elements, self.links, self.frozen = elements, links, frozen
         self.modules = [module for element in elements for module in element.modules]
         self._is_map = not isinstance(elements[-1], Classifier)
         self._has_images = isinstance(elements[0], Convolution) and elements[0].reads_images
@@ -66,14 +98,29 @@ class LayerChain:
             y = self._run(x)
             if y is not None:
                 return y
-        maps = {0: x}
-        for number, (element, residual) in enumerate(zip(self.elements, self.residuals, strict=True), 1):
-            x = element(x)
-            if residual >= 0:
-                x = maps[residual] + x
-            if number in self.residuals:
-                maps[number] = x
-        return x
+        return self._run_one_by_one(x)
+
+    def _run_one_by_one(self, x: torch.Tensor) -> torch.Tensor:
+        maps = {INPUT: [(self.links[0].input, x)]}  # what elements have written
+
+        def read(wanted: Part) -> torch.Tensor:
+            pieces = []
+            for part, piece in sorted(maps[wanted.map], key=lambda entry: entry[0]):
+                first = max(wanted.begin - part.begin, 0)
+                channels = min(wanted.begin + wanted.channels - part.begin, part.channels) - first
+                if channels > 0:
+                    pieces.append(piece if channels == part.channels else piece.narrow(-3, first, channels))
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -3)
+
+        last_use = {part.map: index for index, link in enumerate(self.links) for part in link if part is not None}
+        for index, (element, link) in enumerate(zip(self.elements, self.links, strict=True)):
+            y = element(read(link.input) if index > 0 else x)
+            if link.residual is not None:
+                other = read(link.residual)
+                y = element.combine(y, other) if isinstance(element, Combination) else other + y
+            maps.setdefault(link.output.map, []).append((link.output, y))
+            maps = {number: pieces for number, pieces in maps.items() if last_use[number] > index}
+        return y
 
     def _run(self, x: torch.Tensor) -> torch.Tensor | None:
         if x.shape[1] != self.elements[0].in_channels or (
@@ -103,26 +150,37 @@ class LayerChain:
         key = height, width, nchw
         if key in (known := self._layers):
             return known[key]
-        layers: list[ChainLayer] = []
-        shapes = [(self.elements[0].in_channels, height, width)]
-        maps = [0]  # what each element gives, as the operator numbers the maps
-        numbers: list[int] | None = None
         try:
-            for number, (element, residual) in enumerate(zip(self.elements, self.residuals, strict=True)):
-                own, height, width = element.layers(height, width, nchw and number == 0)
-                layers += [layer if layer.gated < 0 else layer._replace(gated=layer.gated + maps[-1]) for layer in own]
-                maps.append(len(layers))
-                shapes.append((layers[-1].out_channels, height, width))
-                if residual >= 0:
-                    if shapes[residual] != shapes[-1]:
-                        raise ValueError("maps of two shapes are not added in a chain")
-                    layers[-1] = layers[-1]._replace(residual=maps[residual])
-            numbers = [number for layer in layers for number in layer]
+            numbers = [number for layer in self._linked_layers(height, width, nchw) for number in layer]
         except ValueError:
-            pass
+            numbers = None
         # A new dictionary in the place of a full one: other threads may be reading it.
         self._layers = {**(known if len(known) < _SIZES_KEPT else {}), key: numbers}
         return numbers
+
+    def _linked_layers(self, height: int, width: int, nchw: bool) -> list[ChainLayer]:
+        """Raises ``ValueError`` where the maps do not fit each other, or the kernels."""
+        layers: list[ChainLayer] = []
+        sizes = {INPUT: (height, width)}  # of each map
+        numbers = [INPUT]  # what each element gives, as the operator numbers the maps
+        for index, (element, (read, written, residual)) in enumerate(zip(self.elements, self.links, strict=True)):
+            own, *size = element.layers(*sizes[read.map], nchw and index == 0)
+            span = {"input_begin": read.begin, "in_channels": read.channels}
+            if read.map != INPUT or index > 0:
+                own[0] = own[0]._replace(input=numbers[read.map], **span)
+            layers += [each if each.gated < 0 else each._replace(gated=numbers[read.map], **span) for each in own]
+            numbers.append(len(layers))
+            if sizes.setdefault(written.map, tuple(size)) != tuple(size):
+                raise ValueError("maps of two sizes do not lie side by side")
+            last = layers[-1]._replace(output_begin=written.begin)
+            if written.map != index + 1:
+                last = last._replace(output=numbers[written.map])
+            if residual is not None:
+                if sizes[residual.map] != tuple(size):
+                    raise ValueError("maps of two sizes are not added in a chain")
+                last = last._replace(residual=numbers[residual.map], residual_begin=residual.begin)
+            layers[-1] = last
+        return layers
 
     def _packed_for(self, dtype: torch.dtype, nchw: bool) -> torch.Tensor | None:
         """All packed weights; ``None`` where the kernels cannot read the tensors."""
@@ -135,7 +193,8 @@ class LayerChain:
             if not _kernel_path.are_readable(dtype, self._tensors()):
                 return None
             with torch.no_grad():
-                packed = torch.cat([element.pack(nchw and i == 0) for i, element in enumerate(self.elements)])
+                parts = [element.pack(nchw and i == 0) for i, element in enumerate(self.elements)]
+                packed = torch.cat([part for part in parts if part is not None])
                 tensors = tensors_at(self._places) if self.frozen else []  # whose addresses are in the state
                 alive = [None if tensor is None else tensor.detach() for tensor in tensors]
             self._packed.store(key, state, packed, alive)
@@ -160,7 +219,7 @@ class LayerChain:
         return versions, [site.constants for site in self._sites]
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("__name__", "elements", "residuals", "frozen")
+        names = ("__name__", "elements", "links", "frozen")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from . import _kernel_path, _ops
 from ._activations import ACTIVATION_CODES, LAYER_ACTIVATION_CODES, apply_activation
 from ._checks import checked_pads
+from ._combinations import Combination, MaxPool
 from ._fold import scale_and_shift
 from ._ops import ChainLayer
-from ._padding import NO_PADS, Pads, output_size, pad_map, resolve_padding, sum_of_pads
+from ._padding import NO_PADS, Pads, pad_map, resolve_padding, sum_of_pads
 
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm
@@ -99,14 +100,14 @@ class Convolution:
             layer = ChainLayer(
                 _ops.DEPTHWISE_MAP, self.out_channels, stride, dilation, *pads, activation, 0, kernel=kernel
             )
-            sizes = _sizes(layer, height, width)
+            sizes = layer.sizes(height, width)
             if min(height, width, *sizes) < 1:
                 raise ValueError(f"x must hold a {kernel}x{kernel} kernel")
             return [layer], *sizes
         pads = checked_pads(sum_of_pads(self.pads, self.own_pads), NO_PADS, stride, dilation, height, width)
         rows = _ops.PATCHES_OF_NCHW if nchw else _ops.PATCHES
         layer = ChainLayer(rows, self.out_channels, stride, dilation, *pads, 0, activation)
-        return [layer], *_sizes(layer, height, width)
+        return [layer], *layer.sizes(height, width)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv(pad_map(x, self.pads, self.conv.stride[0], self.conv.dilation[0]))
@@ -163,7 +164,7 @@ class Site:
         pads = checked_pads(separable.pre_pad, own, stride, dilation, height, width)
         activations = separable.activation_code, separable.pointwise_activation_code
         layer = ChainLayer(_ops.DEPTHWISE, self.out_channels, stride, dilation, *pads, *activations)
-        return [layer], *_sizes(layer, height, width)
+        return [layer], *layer.sizes(height, width)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.run(x)
@@ -194,7 +195,7 @@ class FrozenSite:
         pads = checked_pads(frozen.pre_pad, frozen.padding, frozen.stride, frozen.dilation, height, width)
         activations = ACTIVATION_CODES[frozen.activation], ACTIVATION_CODES[frozen.pointwise_activation]
         layer = ChainLayer(_ops.DEPTHWISE, self.out_channels, frozen.stride, frozen.dilation, *pads, *activations)
-        return [layer], *_sizes(layer, height, width)
+        return [layer], *layer.sizes(height, width)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.frozen(x)
@@ -314,7 +315,7 @@ class Classifier:
 
 #: ``layers`` gives those of the operator and the size of the map behind them. A layer that has a ``gated`` map has the
 #: number that it would have if the element began the chain.
-Element = Convolution | Site | FrozenSite | GatedConvolution | Classifier
+Element = Convolution | Site | FrozenSite | GatedConvolution | Classifier | Combination | MaxPool
 
 
 def depthwise_of(elements: list[Element]) -> list[nn.Conv2d]:
@@ -354,10 +355,3 @@ def _pixels(out_channels: int, activation: int) -> ChainLayer:
 
 def _means(out_channels: int, activation: int) -> ChainLayer:
     return ChainLayer(_ops.MEANS, out_channels, 1, 1, *NO_PADS, 0, activation)
-
-
-def _sizes(layer: ChainLayer, height: int, width: int) -> tuple[int, int]:
-    return (
-        output_size(height, layer.pad_top, layer.pad_bottom, layer.stride, layer.dilation, layer.kernel),
-        output_size(width, layer.pad_left, layer.pad_right, layer.stride, layer.dilation, layer.kernel),
-    )

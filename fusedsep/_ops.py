@@ -34,12 +34,12 @@ depthwise_backward = torch.ops.fusedsep.depthwise_backward.default
 NO_NORM, FIXED_STATISTICS, BATCH_STATISTICS = 0, 1, 2
 
 
-#: What a layer of a chain multiplies with its pointwise weights; the last one has none (csrc/kernels/separable.h).
-DEPTHWISE, PATCHES, PATCHES_OF_NCHW, MEANS, PIXELS, DEPTHWISE_MAP = 0, 1, 2, 3, 4, 5
+#: What a layer of a chain multiplies with its pointwise weights; the last four have none (csrc/kernels/separable.h).
+DEPTHWISE, PATCHES, PATCHES_OF_NCHW, MEANS, PIXELS, DEPTHWISE_MAP, SUM, INTERLEAVED, MAX_POOL = range(9)
 
 
 class ChainLayer(NamedTuple):
-    """One layer of the chain operator, in the order of its numbers."""
+    """One layer of the chain operator, in the order of its numbers (csrc/bindings/chain_ops.cpp)."""
 
     rows: int
     out_channels: int
@@ -54,6 +54,19 @@ class ChainLayer(NamedTuple):
     residual: int = -1
     kernel: int = 3
     gated: int = -1
+    input: int = -1
+    input_begin: int = 0
+    in_channels: int = 0
+    output: int = -1
+    output_begin: int = 0
+    residual_begin: int = 0
+
+    def sizes(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of what a window of ``kernel`` pixels gives of a map."""
+        return (
+            output_size(height, self.pad_top, self.pad_bottom, self.stride, self.dilation, self.kernel),
+            output_size(width, self.pad_left, self.pad_right, self.stride, self.dilation, self.kernel),
+        )
 
 
 class ConvolutionOperands(NamedTuple):
@@ -179,16 +192,22 @@ def _(x, packed, out_channels, *others):  # type: ignore[no-untyped-def]
 def _(x, packed, layers):  # type: ignore[no-untyped-def]
     numbers = len(ChainLayer._fields)
     maps = [x]
+    last = 0  # the map that the layer in front writes
     for i in range(0, len(layers), numbers):
         layer = ChainLayer(*layers[i : i + numbers])
-        x = maps[layer.gated]
+        x = maps[next((number for number in (layer.gated, layer.input) if number >= 0), last)]
+        channels = layer.output_begin + layer.out_channels
         if layer.rows == MEANS:
-            x = _dense(x, x.shape[0], layer.out_channels, 1, 1, True)
-        elif layer.rows == PIXELS:
-            x = _dense(x, x.shape[0], layer.out_channels, *x.shape[2:], True)
+            x = _dense(x, x.shape[0], channels, 1, 1, True)
+        elif layer.rows in (PIXELS, SUM, INTERLEAVED):
+            x = _dense(x, x.shape[0], channels, *x.shape[2:], True)
         else:
-            x = _map(x, layer.out_channels, *layer[2:8], True, layer.kernel)
+            x = _map(x, channels, *layer[2:8], True, layer.kernel)
         maps.append(x)
+        last = len(maps) - 1 if layer.output < 0 else layer.output
+        if x.shape[1] > maps[last].shape[1]:
+            maps[last] = x
+    x = maps[last]
     return x.new_empty(x.shape[:2]) if layer.rows == MEANS else x
 
 

@@ -7,7 +7,18 @@ import torch
 import torch.nn.functional as F
 
 from fusedsep import _ops
-from fusedsep._ops import DEPTHWISE, DEPTHWISE_MAP, MEANS, PATCHES, PATCHES_OF_NCHW, PIXELS, ChainLayer
+from fusedsep._ops import (
+    DEPTHWISE,
+    DEPTHWISE_MAP,
+    INTERLEAVED,
+    MAX_POOL,
+    MEANS,
+    PATCHES,
+    PATCHES_OF_NCHW,
+    PIXELS,
+    SUM,
+    ChainLayer,
+)
 
 ACTIVATIONS = (lambda x: x, torch.relu, F.relu6, F.hardswish, F.silu, torch.sigmoid, F.hardsigmoid)
 
@@ -27,9 +38,12 @@ class Layer:
         residual=-1,
         kernel=3,
         gated=-1,
+        **places,
     ):
         self.channels = channels
-        self.numbers = ChainLayer(rows, out_channels, stride, dilation, *pads, *activations, residual, kernel, gated)
+        self.numbers = ChainLayer(
+            rows, out_channels, stride, dilation, *pads, *activations, residual, kernel, gated, **places
+        )
         depth = 9 * channels if rows in (PATCHES, PATCHES_OF_NCHW) else channels
         self.first = torch.randn(channels, 1, kernel, kernel, dtype=torch.double)
         self.first_bias = torch.randn(channels, dtype=torch.double)
@@ -38,6 +52,8 @@ class Layer:
 
     def packed(self, dtype):
         n = self.numbers
+        if n.rows in (SUM, INTERLEAVED, MAX_POOL):
+            return torch.empty(0, dtype=dtype)
         if n.rows == DEPTHWISE_MAP:
             return _ops.pack_depthwise(self.first.to(dtype), None, self.first_bias)
         depthwise = n.rows == DEPTHWISE
@@ -55,6 +71,8 @@ class Layer:
     def __call__(self, x):
         n = self.numbers
         pads = n.pad_left, n.pad_right, n.pad_top, n.pad_bottom
+        if n.rows == MAX_POOL:
+            return F.max_pool2d(F.pad(x, pads, value=-torch.inf), n.kernel, n.stride)
         act, pointwise_act = ACTIVATIONS[n.activation], ACTIVATIONS[n.pointwise_activation]
         if n.rows == MEANS:
             return pointwise_act(F.linear(x.mean((2, 3)), self.weight, self.bias))[:, :, None, None]
@@ -85,12 +103,41 @@ def run(layers, x):
 
 
 def exact(layers, x):
-    maps = [x.double()]
-    for layer in layers:
+    maps = {0: x.double()}
+    front = 0, 0, x.shape[1]  # the map that the layer in front wrote, and which of its channels
+    for number, layer in enumerate(layers, 1):
         n = layer.numbers
-        y = layer(maps[-1] if n.gated < 0 else maps[n.gated] * maps[-1])
-        maps.append(y + maps[n.residual] if n.residual >= 0 else y)
-    return maps[-1].flatten(1) if layers[-1].numbers.rows == MEANS else maps[-1]
+        read = front
+        if n.input >= 0 or n.gated >= 0:
+            source = max(n.input, n.gated)
+            read = source, n.input_begin, n.in_channels or maps[source].shape[1] - n.input_begin
+        source = channels_of(maps, *read)
+        if n.gated >= 0:
+            source = source * channels_of(maps, *front)
+        if n.rows == INTERLEAVED:
+            y = torch.stack([source, channels_of(maps, n.residual, n.residual_begin, read[2])], 2).flatten(1, 2)
+        else:
+            y = source if n.rows == SUM else layer(source)
+            if n.residual >= 0:
+                y = y + channels_of(maps, n.residual, n.residual_begin, n.out_channels)
+        written = number if n.output < 0 else n.output
+        front = written, n.output_begin, n.out_channels
+        if written not in maps:
+            maps[written] = y.new_full((len(y), total_channels(layers, written), *y.shape[2:]), torch.nan)
+        channels_of(maps, *front).copy_(y)
+    y = maps[written]
+    return y.flatten(1) if layers[-1].numbers.rows == MEANS else y
+
+
+def channels_of(maps, number, begin, channels):
+    return maps[number][:, begin : begin + channels]
+
+
+def total_channels(layers, written):
+    """Of a map that some layers write."""
+    numbers = [layer.numbers for layer in layers]
+    own = [n for i, n in enumerate(numbers, 1) if (i if n.output < 0 else n.output) == written]
+    return max(n.output_begin + n.out_channels for n in own)
 
 
 def network(first, channels=3, width=8):
@@ -112,13 +159,13 @@ def gate(channels, squeezed, activations, number, out_channels, activation=0, re
     return [
         Layer(MEANS, channels, squeezed, pads=(0, 0, 0, 0), activations=(0, activations[0])),
         expand(squeezed, channels, activations[1]),
-        Layer(PIXELS, channels, out_channels, 1, 1, (0, 0, 0, 0), (0, activation), residual, gated=number),
+        pixels(channels, out_channels, activation, residual, gated=number),
     ]
 
 
-def depthwise_map(channels, kernel, stride=1, pads=None, activation=1, residual=-1):
+def depthwise_map(channels, kernel, stride=1, pads=None, activation=1, residual=-1, **places):
     pads = 4 * (kernel // 2,) if pads is None else pads
-    return Layer(DEPTHWISE_MAP, channels, channels, stride, 1, pads, (activation, 0), residual, kernel)
+    return Layer(DEPTHWISE_MAP, channels, channels, stride, 1, pads, (activation, 0), residual, kernel, **places)
 
 
 def residual_network(width=8):
@@ -164,4 +211,48 @@ def excited_network(width=8):
         *gate(37, 3, (1, 6), 7, 17, residual=5),
         expand(17, 40, 3),
         Layer(MEANS, 40, 13, pads=(0, 0, 0, 0), activations=(0, 0)),
+    ]
+
+
+def pixels(channels, out_channels, activation=0, residual=-1, **places):
+    return Layer(PIXELS, channels, out_channels, 1, 1, (0, 0, 0, 0), (0, activation), residual, **places)
+
+
+def combined(rows, channels, residual=-1, **places):
+    """A sum, or a map interleaved with another one."""
+    out_channels = 2 * channels if rows == INTERLEAVED else channels
+    return Layer(rows, channels, out_channels, 1, 1, (0, 0, 0, 0), (0, 0), residual, **places)
+
+
+def max_pool(channels, kernel=3, stride=2, padding=1, **places):
+    return Layer(MAX_POOL, channels, channels, stride, 1, 4 * (padding,), (0, 0), kernel=kernel, **places)
+
+
+def branching_network(width=8, activation=1):
+    """Every kind of layer reads some channels of a map and writes some of another, or of the same."""
+    w = width
+    return [
+        Layer(PATCHES, 3, w, 2, activations=(0, activation), output_begin=5),
+        depthwise_map(w, 5, activation=activation, input=1, input_begin=5, in_channels=w, output=1, output_begin=w + 5),
+        pixels(w + 1, 5, activation, input=1, input_begin=w + 4, in_channels=w + 1, output=1),
+        Layer(DEPTHWISE, 2 * w + 5, w + 3, activations=(1, activation), residual=1, residual_begin=2, input=1),
+        Layer(
+            *(PATCHES, w + 1, 7, 1, 1, (1, 1, 1, 1), (0, activation), 1),
+            **{"input": 1, "input_begin": 3, "in_channels": w + 1, "output": 4, "output_begin": w + 3},
+            residual_begin=1,
+        ),
+        depthwise_map(
+            *(w + 2, 3, 1, None, activation, 4),
+            **{"input": 4, "input_begin": 5, "in_channels": w + 2, "output": 4, "output_begin": w + 10},
+            residual_begin=3,
+        ),
+        combined(SUM, w, 1, input=4, input_begin=1, in_channels=w, residual_begin=4),
+        combined(INTERLEAVED, w - 1, 4, input=7, in_channels=w - 1, residual_begin=w, output_begin=1),
+        combined(SUM, 1, input=4, input_begin=3, in_channels=1, output=8),
+        Layer(DEPTHWISE, w + 2, w + 4, 2, activations=(1, 0), input=8, input_begin=w - 3, in_channels=w + 2),
+        max_pool(2 * w - 3, input=8, input_begin=1, in_channels=2 * w - 3, output=10, output_begin=w + 4),
+        Layer(MEANS, 3 * w, 5, 1, 1, (0, 0, 0, 0), (0, 1), input=10, input_begin=1, in_channels=3 * w),
+        expand(5, 3 * w, 5),
+        pixels(3 * w, 2 * w, activation, 10, gated=10, input_begin=1, in_channels=3 * w, residual_begin=2),
+        Layer(MEANS, 2 * w - 1, 13, 1, 1, (0, 0, 0, 0), (0, 0), input=14, in_channels=2 * w - 1),
     ]

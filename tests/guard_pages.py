@@ -21,6 +21,7 @@ from chain_layers import (
     PATCHES_OF_NCHW,
     Layer,
     arguments,
+    branching_network,
     depthwise_map,
     excited_network,
     expand,
@@ -156,7 +157,8 @@ def check_chain(channels: int, size: int, dtype: torch.dtype) -> None:
         for kernel in (3, 5, 7)
         for stride in (1, 2)
     ]
-    for part in (*parts, pair[:1], pair, *alone, excited_network(5), whole_network(5)):
+    branching = [branching_network(width)[:length] for width in (5, 8, 12) for length in (6, 7, 9, 11, 15)]
+    for part in (*parts, pair[:1], pair, *alone, excited_network(5), whole_network(5), *branching):
         x, packed, numbers = arguments(part, torch.randn(2, part[0].channels, size, size + 1).to(dtype))
         expected = _ops.chain(x, packed, numbers)
         for at_end in (True, False):

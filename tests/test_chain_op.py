@@ -11,19 +11,23 @@ import torch
 from chain_layers import (
     Layer,
     arguments,
+    branching_network,
+    combined,
     depthwise_map,
     exact,
     excited_network,
     expand,
     gate,
+    max_pool,
     network,
+    pixels,
     residual_network,
     run,
     whole_network,
 )
 
 from fusedsep import _ops
-from fusedsep._ops import DEPTHWISE, MEANS, PATCHES, PATCHES_OF_NCHW, PIXELS, ChainLayer
+from fusedsep._ops import DEPTHWISE, INTERLEAVED, MEANS, PATCHES, PATCHES_OF_NCHW, SUM
 
 
 def assert_close(ours, exact):
@@ -110,6 +114,66 @@ def test_networks(isa, make, dtype):
         x = torch.randn(batch, 3, 21, 26, dtype=dtype)
         for length in range(2, len(layers) + 1):
             assert_close(run(layers[:length], x), exact(layers[:length], x))
+
+
+#: Where all maps that have been written whole are also read, so that a chain may end.
+ENDS_OF_BRANCHES = (6, 7, 9, 11, 14, 15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("activation", [1, 3, 4])
+def test_channels_of_maps(isa, dtype, activation):
+    """Layers that read and write some channels of a map, which begin and end anywhere in a vector."""
+    torch.manual_seed(10)
+    for width, batch in itertools.product((5, 8, 12, 16, 31), (1, 3)):
+        layers = branching_network(width, activation)
+        x = torch.randn(batch, 3, 21, 26, dtype=dtype)
+        for length in ENDS_OF_BRANCHES:
+            assert_close(run(layers[:length], x), exact(layers[:length], x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_and_interleaved_maps(isa, dtype):
+    torch.manual_seed(11)
+    for channels, begin in itertools.product((1, 2, 4, 7, 8, 9, 16, 23, 33), (0, 1, 5)):
+        x = torch.randn(2, channels + begin, 5, 6, dtype=dtype)
+        a, b = x[:, begin:], x[:, :channels]
+        read = {"input": 0, "input_begin": begin, "in_channels": channels}
+        assert torch.equal(run([combined(SUM, channels, **read)], x), a)
+        assert torch.equal(run([combined(SUM, channels, 0, **read)], x), a + b)
+        expected = torch.stack([a, b], 2).flatten(1, 2)
+        assert torch.equal(run([combined(INTERLEAVED, channels, 0, **read)], x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_max_pools(isa, dtype):
+    """As torch's, with numbers that are not finite too."""
+    torch.manual_seed(12)
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0], dtype=dtype)
+    for channels, kernel, stride in itertools.product((1, 4, 9, 16, 40), (2, 3), (1, 2)):
+        for padding, size in itertools.product((0, 1), (3, 8, 9)):
+            x = torch.randn(2, channels, size, size + 1, dtype=dtype)
+            where = torch.rand_like(x) < 0.1
+            x[where] = special[torch.randint(4, (int(where.sum()),))]
+            y = run([max_pool(channels, kernel, stride, padding)], x)
+            expected = torch.nn.functional.max_pool2d(x, kernel, stride, padding)
+            torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_maps_side_by_side_are_the_same_bits(isa):
+    """What is written into a larger map, and read from there, as what has a map of its own."""
+    torch.manual_seed(13)
+    layers = branching_network(12)[:6]
+    alone = [Layer(DEPTHWISE, 29, 15), pixels(15, 9)]
+    x = torch.randn(2, 3, 40, 38)
+    whole = run(layers, x)
+    for begin, end in ((0, 15), (15, 22), (22, 36)):
+        read = {"input": 4, "input_begin": begin, "in_channels": end - begin}
+        last = combined(SUM, end - begin, **read)
+        assert torch.equal(run([*layers, last], x), whole[:, begin:end])
+    first = run(alone, whole[:, 3:32].contiguous())
+    alone[0].numbers = alone[0].numbers._replace(input=4, input_begin=3, in_channels=29)
+    assert torch.equal(run([*layers, *alone], x), first)
 
 
 def test_the_input_of_a_chain_is_gated(isa):
@@ -215,6 +279,7 @@ def test_no_map_lies_on_another_one():
         (lambda: residual_network(24), 3),
         (lambda: whole_network(24), 3),
         (lambda: excited_network(24), 3),
+        (lambda: branching_network(24), 3),
         (lambda: [depthwise_map(24, 5, 2), depthwise_map(24, 7, activation=3)], 24),
     ],
 )
@@ -250,6 +315,7 @@ def test_shapes_while_tracing():
         whole_network(),
         excited_network(),
         *(excited_network()[:length] for length in (3, 4, 5)),
+        *(branching_network()[:length] for length in ENDS_OF_BRANCHES),
         [depthwise_map(3, 7, 2)],
     ):
         inputs = arguments(layers, torch.randn(2, 3, 16, 18))
@@ -257,90 +323,3 @@ def test_shapes_while_tracing():
     for kernel in (3, 5, 7):
         weight, scale = torch.randn(5, 1, kernel, kernel), torch.ones(5).double()
         torch.library.opcheck(_ops.pack_depthwise, (weight, scale, scale), test_utils=utils)
-
-
-def test_refuses_what_it_cannot_run():
-    layers = network(PATCHES)
-    x, packed, numbers = arguments(layers, torch.randn(1, 3, 16, 16))
-    width = len(ChainLayer._fields)
-    for message, wrong in {
-        "multiple of 13 numbers, got 9": (x, packed, numbers[:9]),
-        "multiple of 13 numbers, got 0": (x, packed, []),
-        "packed must hold the weights of layer 4": (x, packed[:-1], numbers),
-        "and nothing else": (x, packed, numbers[:-width]),
-        "of the dtype of x": (x.double(), packed, numbers),
-        "contiguous in channels_last": (x.contiguous(), packed, numbers),
-        "only the first layer of a chain can read NCHW": (x, packed, [*numbers[:width], 2, *numbers[width + 1 :]]),
-        "rows must be from 0 to 5, got 6": (x, packed, [6, *numbers[1:]]),
-        "stride must be from 1 to 2, got 3": (x, packed, [*numbers[:2], 3, *numbers[3:]]),
-        "residual must be from -1 to 0, got 1": (x, packed, [*numbers[:10], 1, *numbers[11:]]),
-        "cannot have a residual": (x, packed, [*numbers[:62], 0, *numbers[63:]]),
-        "a map of the same shape": (x, packed, [*numbers[:23], 1, *numbers[24:]]),
-        "kernel must be from 3 to 3, got 5": (x, packed, [*numbers[:11], 5, *numbers[12:]]),
-        "gated must be from -1 to 0, got 1": (x, packed, [*numbers[:25], 1, *numbers[26:]]),
-        "with a gated map must be a 1x1 convolution": (x, packed, [*numbers[:25], 0, *numbers[26:]]),
-        "activation must be from 0 to 6, got 7": (x, packed, [*numbers[:9], 7, *numbers[10:]]),
-        "separable convolution in a chain, activation must be from 0 to 3": (
-            *(x, packed),
-            [*numbers[:21], 4, *numbers[22:]],
-        ),
-        "neither stride nor padding": (x, packed, [4, *numbers[1:]]),
-        "x is too small": (x[:, :, :1, :1].contiguous(memory_format=torch.channels_last), packed, numbers),
-        "x must be a CPU tensor of shape": (x[0], packed, numbers),
-    }.items():
-        with pytest.raises((RuntimeError, ValueError), match=message):
-            _ops.chain(*wrong)
-
-
-def test_gates_refuse_what_they_cannot_run():
-    x, packed, numbers = arguments(gate(8, 5, (1, 5), 0, 3), torch.randn(1, 8, 6, 6))
-    width = len(ChainLayer._fields)
-
-    def changed(layer, **fields):
-        layers = [ChainLayer(*numbers[i : i + width]) for i in range(0, len(numbers), width)]
-        layers[layer] = layers[layer]._replace(**fields)
-        return [number for layer in layers for number in layer]
-
-    for message, wrong in {
-        "must give a factor for each of its channels": (x, packed, changed(2, gated=1)),
-        "gated must be from -1 to 1, got 2": (x, packed, changed(2, gated=2)),
-        "must be a 1x1 convolution": (x, packed, changed(2, gated=0, rows=DEPTHWISE)),
-        "a map of the same shape": (x, packed, changed(2, residual=0)),
-    }.items():
-        with pytest.raises((RuntimeError, ValueError), match=message):
-            _ops.chain(*wrong)
-    large = [expand(8, 8), Layer(PIXELS, 8, 3, 1, 1, (0, 0, 0, 0), gated=0)]
-    with pytest.raises(RuntimeError, match="must give a factor for each"):
-        run(large, torch.randn(1, 8, 6, 6))
-    first = [Layer(PATCHES_OF_NCHW, 3, 3, 2), *gate(3, 2, (1, 5), 0, 3)]
-    with pytest.raises(RuntimeError, match="an input in NCHW cannot be gated"):
-        run(first, torch.randn(1, 3, 6, 6))
-
-
-def test_depthwise_alone_refuses_what_it_cannot_run():
-    x, packed, numbers = arguments([depthwise_map(8, 5)], torch.randn(1, 8, 16, 16))
-
-    def changed(**fields):
-        return list(ChainLayer(*numbers)._replace(**fields))
-
-    for message, wrong in {
-        "kernel must be from 3 to 7, got 9": (x, packed, changed(kernel=9)),
-        "kernel must be odd": (x, packed, changed(kernel=4)),
-        "weights of layer 0": (x, packed, changed(kernel=7)),
-        "has dilation 1 and one activation": (x, packed, changed(dilation=2)),
-        "one activation": (x, packed, changed(pointwise_activation=1)),
-        "as many output channels as input channels": (x, packed, changed(out_channels=9)),
-        "does not hold a 5x5 kernel": (x[:, :, :3, :], packed, changed(pad_top=0, pad_bottom=1)),
-    }.items():
-        with pytest.raises((RuntimeError, ValueError), match=message):
-            _ops.chain(*wrong)
-    weight = torch.randn(8, 1, 5, 5)
-    for message, arguments_of_pack in {
-        r"weight must be a contiguous CPU tensor of shape \[C, 1, K, K\]": (weight[:, :, :4], None, None),
-        "with K 3, 5 or 7": (torch.randn(8, 1, 4, 4), None, None),
-        "float32 or float64": (weight.half(), None, None),
-        "scale must be a contiguous float64 CPU tensor of 8 elements": (weight, torch.ones(8), None),
-        "bias must be a contiguous float64 CPU tensor of 8 elements": (weight, None, torch.ones(7).double()),
-    }.items():
-        with pytest.raises(RuntimeError, match=message):
-            _ops.pack_depthwise(*arguments_of_pack)

@@ -3,6 +3,9 @@
 // The operator of a chain of layers.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <array>
+#include <cstring>
 #include <vector>
 
 #include "geometry.h"
@@ -13,124 +16,282 @@ namespace fusedsep {
 namespace {
 
 // One layer among the numbers that describe a chain, in their order.
-constexpr size_t kNumbersPerLayer = 13;
-struct Layer {
+constexpr size_t kNumbersPerLayer = 19;
+struct LayerNumbers {
   Rows rows;
   int64_t out_channels;
   Geometry geometry;
-  int64_t residual, gated;
+  int64_t residual, gated, input, input_begin, in_channels, output, output_begin, residual_begin;
 
-  explicit Layer(const int64_t* n)
+  explicit LayerNumbers(const int64_t* n)
       : rows(Rows(n[0])),
         out_channels(n[1]),
         geometry{n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[11]},
         residual(n[10]),
-        gated(n[12]) {
-    check_range("a layer's rows", n[0], 0, 5);
-    check_range("a layer's out_channels", out_channels, 1, int64_t(1) << 40);
+        gated(n[12]),
+        input(n[13]),
+        input_begin(n[14]),
+        in_channels(n[15]),
+        output(n[16]),
+        output_begin(n[17]),
+        residual_begin(n[18]) {
+    constexpr int64_t kMost = int64_t(1) << 40;
+    check_range("a layer's rows", n[0], 0, int64_t(Rows::kMaxPool));
+    check_range("a layer's out_channels", out_channels, 1, kMost);
+    check_range("a layer's input_begin", input_begin, 0, kMost);
+    check_range("a layer's in_channels", in_channels, 0, kMost);
+    check_range("a layer's output_begin", output_begin, 0, kMost);
+    check_range("a layer's residual_begin", residual_begin, 0, kMost);
     check_geometry(geometry, int64_t(Activation::kHardsigmoid));
     STD_TORCH_CHECK(rows == Rows::kDepthwiseMap || geometry.activation <= kLastActivation,
                     "of a separable convolution in a chain, activation must be from 0 to ", kLastActivation);
-    const bool is_map = rows == Rows::kDepthwiseMap;
-    check_range("a layer's kernel", geometry.kernel, 3, is_map ? 7 : 3);
-    STD_TORCH_CHECK(geometry.kernel % 2 == 1, "a layer's kernel must be odd");
+    const bool is_map = rows == Rows::kDepthwiseMap, is_pool = rows == Rows::kMaxPool;
+    check_range("a layer's kernel", geometry.kernel, is_pool ? 2 : 3, is_map ? 7 : 3);
+    STD_TORCH_CHECK(is_pool || geometry.kernel % 2 == 1, "a layer's kernel must be odd");
     STD_TORCH_CHECK(!is_map || (geometry.dilation == 1 && geometry.pointwise_activation == 0),
                     "a depthwise convolution alone in a chain has dilation 1 and one activation");
+    STD_TORCH_CHECK(has_weights() || (geometry.activation == 0 && geometry.pointwise_activation == 0),
+                    "a layer without weights in a chain has no activation");
+    STD_TORCH_CHECK(!is_pool || (geometry.dilation == 1 && residual < 0 &&
+                                 std::max({geometry.pad_top, geometry.pad_bottom, geometry.pad_left,
+                                           geometry.pad_right}) <= geometry.kernel / 2),
+                    "a max pool in a chain has dilation 1, padding of half its kernel at most, and no residual");
   }
+
+  bool combines() const { return rows == Rows::kSum || rows == Rows::kInterleaved; }
+  bool has_weights() const { return !combines() && rows != Rows::kMaxPool; }
+};
+
+// A map of a chain, as far as layers have written it.
+struct ChainMap {
+  int64_t channels = 0, height = 0, width = 0;      // channels: those that it has in the end
+  int64_t begin = 0, end = 0;                       // those that are written
+  std::vector<std::array<int64_t, 2>> others = {};  // more ranges of such; most maps have none, and allocate nothing
+
+  bool is_empty() const { return begin == end; }
+  void write(int64_t from, int64_t to) {
+    if (is_empty()) {
+      begin = from;
+      end = to;
+    } else if (from == end) {
+      end = to;
+    } else {
+      others.push_back({from, to});
+    }
+  }
+  bool holds(int64_t from, int64_t to) const {
+    for (bool more = true; more && from < to;) {
+      const int64_t before = from;
+      if (begin <= from && from < end) from = end;
+      for (const auto& range : others) {
+        if (range[0] <= from && from < range[1]) from = range[1];
+      }
+      more = from > before;
+    }
+    return from >= to;
+  }
+  bool overlaps(int64_t from, int64_t to) const {
+    return (begin < to && from < end) || std::any_of(others.begin(), others.end(), [&](const auto& range) {
+             return range[0] < to && from < range[1];
+           });
+  }
+};
+
+// The layers that numbers describe, and their maps: 0 is x, i the one that layer i - 1 writes, alone or with others.
+template <typename T>
+class ChainReader {
+ public:
+  ChainReader(const SeparableKernels<T>& kernels, const Isa& isa, const Tensor& x, const Tensor& packed,
+              const std::vector<int64_t>& numbers)
+      : kernels_(kernels), isa_(isa), packed_(packed), batch_(x.size(0)) {
+    numbers_.reserve(numbers.size() / kNumbersPerLayer);
+    layers_.reserve(numbers.size() / kNumbersPerLayer);
+    for (size_t i = 0; i < numbers.size(); i += kNumbersPerLayer) numbers_.emplace_back(numbers.data() + i);
+    reads_nchw_ = numbers_.front().rows == Rows::kPatchesOfNchw;
+    maps_.resize(numbers_.size() + 1);
+    maps_[0] = {x.size(1), x.size(2), x.size(3), 0, x.size(1)};
+    for (size_t i = 0; i < numbers_.size(); ++i) {
+      check_range("a layer's output", numbers_[i].output, -1, int64_t(i) + 1);
+      STD_TORCH_CHECK(numbers_[i].output != 0, "a layer cannot write to the input");
+      ChainMap& map = maps_[size_t(output_of(i))];
+      map.channels = std::max(map.channels, numbers_[i].output_begin + numbers_[i].out_channels);
+    }
+    for (size_t i = 0; i < numbers_.size(); ++i) read(i);
+    STD_TORCH_CHECK(offset_ == packed.size(0), "packed must hold the weights of the layers and nothing else");
+    STD_TORCH_CHECK(output().holds(0, output().channels), "the layers must write all channels of the output");
+  }
+
+  const std::vector<Layer<T>>& layers() const { return layers_; }
+  const ChainMap& output() const { return maps_[size_t(layers_.back().output.map)]; }
+
+ private:
+  int64_t output_of(size_t i) const { return numbers_[i].output < 0 ? int64_t(i) + 1 : numbers_[i].output; }
+
+  // Channels of a map that is there already.
+  const ChainMap& checked(size_t i, const Span& span, int64_t channels) const {
+    const ChainMap& map = maps_[size_t(span.map)];
+    STD_TORCH_CHECK(!reads_nchw_ || span.map != 0 || i == 0, "only the first layer of a chain reads an input in NCHW");
+    STD_TORCH_CHECK(map.holds(span.begin, span.begin + channels), "layer ", i, " reads channels ", span.begin, " to ",
+                    span.begin + channels, " of map ", span.map, ", which no layer in front of it has written");
+    return map;
+  }
+
+  // Where the layer finds its map: by default what the layer in front of it writes.
+  void read_input(size_t i, Layer<T>& layer) {
+    const LayerNumbers& n = numbers_[i];
+    const int64_t last_map = int64_t(i);
+    check_range("a layer's input", n.input, -1, last_map);
+    check_range("a layer's gated", n.gated, -1, last_map - 1);
+    Span front{0, 0};
+    int64_t front_channels = maps_[0].channels;
+    if (i > 0) {
+      front = layers_[i - 1].output;
+      front_channels = layers_[i - 1].params.out_channels;
+    }
+    SeparableParams<T>& params = layer.params;
+    int64_t channels = front_channels;
+    layer.input = front;
+    if (n.gated >= 0) {
+      STD_TORCH_CHECK(n.rows == Rows::kPixels, "a layer with a gated map must be a 1x1 convolution");
+      STD_TORCH_CHECK(n.input < 0, "a layer with a gated map reads that map");
+      STD_TORCH_CHECK(n.gated != 0 || !reads_nchw_, "an input in NCHW cannot be gated");
+      const ChainMap &gate = maps_[size_t(front.map)], &map = maps_[size_t(n.gated)];
+      const int64_t wanted = n.in_channels > 0 ? n.in_channels : map.channels - n.input_begin;
+      STD_TORCH_CHECK(
+          gate.height == 1 && gate.width == 1 && gate.channels == front_channels && wanted == front_channels,
+          "what stands in front of a layer with a gated map must give a factor for each of its channels");
+      layer.gate = front;
+      layer.input = {n.gated, n.input_begin};
+    } else if (n.input >= 0) {
+      layer.input = {n.input, n.input_begin};
+      channels = n.in_channels > 0 ? n.in_channels : maps_[size_t(n.input)].channels - n.input_begin;
+      check_range("a layer's in_channels", channels, 1, maps_[size_t(n.input)].channels);
+    }
+    const ChainMap& map = checked(i, layer.input, channels);
+    params.x_pitch = map.channels;
+    params.in_channels = reads_patches(params) ? 9 * channels : channels;
+    params.height = map.height;
+    params.width = map.width;
+  }
+
+  void read_sizes(const LayerNumbers& n, SeparableParams<T>& params) const {
+    const Geometry& g = n.geometry;
+    params.out_height = params.height;
+    params.out_width = params.width;
+    if (n.rows == Rows::kMeans) {
+      STD_TORCH_CHECK(params.height > 0 && params.width > 0, "x is too small: a map without a pixel has no mean");
+      params.out_height = params.out_width = 1;
+    } else if (n.rows == Rows::kPixels || n.combines()) {
+      STD_TORCH_CHECK(params.height > 0 && params.width > 0, "x is too small: it has no pixel");
+      STD_TORCH_CHECK(g.stride == 1 && g.pad_top == 0 && g.pad_bottom == 0 && g.pad_left == 0 && g.pad_right == 0,
+                      "a 1x1 convolution in a chain has neither stride nor padding");
+    } else {
+      params.out_height = output_size("height", params.height, g.pad_top, g.pad_bottom, g);
+      params.out_width = output_size("width", params.width, g.pad_left, g.pad_right, g);
+    }
+    STD_TORCH_CHECK(n.rows != Rows::kDepthwiseMap || params.out_channels == params.in_channels,
+                    "a depthwise convolution alone has as many output channels as input channels");
+    STD_TORCH_CHECK((n.rows != Rows::kSum && n.rows != Rows::kMaxPool) || params.out_channels == params.in_channels,
+                    "a sum or a max pool has as many channels as what it reads");
+    STD_TORCH_CHECK(n.rows != Rows::kInterleaved || params.out_channels == 2 * params.in_channels,
+                    "maps that are interleaved give twice as many channels");
+    element_count(batch_, params.out_channels, params.out_height, params.out_width);
+    element_count(batch_, params.in_channels, params.height, params.width);
+  }
+
+  void read_weights(size_t i, SeparableParams<T>& params) {
+    if (!numbers_[i].has_weights()) return;
+    constexpr int64_t kHeaderSize = int64_t(sizeof(PackedHeader) / sizeof(T));
+    const T* const weights = packed_.const_data_ptr<T>() + offset_;
+    const bool is_map = params.rows == Rows::kDepthwiseMap;
+    const PackedHeader header(isa_, params.in_channels, is_map ? 0 : params.out_channels, true, sizeof(T),
+                              params.kernel);
+    const int64_t size = kHeaderSize + (is_map ? kernels_.depthwise_map_packed_size(params.in_channels, params.kernel)
+                                               : kernels_.packed_size(params.in_channels, params.out_channels, true));
+    STD_TORCH_CHECK(size <= packed_.size(0) - offset_ && std::memcmp(weights, &header, sizeof(header)) == 0,
+                    "packed must hold the weights of layer ", i, ", packed for isa ", isa_.name, ", ",
+                    params.in_channels, " -> ", params.out_channels, " channels in channels_last; pack them again");
+    params.packed = weights + kHeaderSize;
+    offset_ += size;
+  }
+
+  void write_output(size_t i, Layer<T>& layer) {
+    const SeparableParams<T>& params = layer.params;
+    layer.output = {output_of(i), numbers_[i].output_begin};
+    ChainMap& map = maps_[size_t(layer.output.map)];
+    const int64_t begin = layer.output.begin, end = begin + params.out_channels;
+    STD_TORCH_CHECK(map.is_empty() || (map.height == params.out_height && map.width == params.out_width),
+                    "layers that write one map must give the same height and width");
+    STD_TORCH_CHECK(!map.overlaps(begin, end), "layer ", i, " writes what another layer has written");
+    map.height = params.out_height;
+    map.width = params.out_width;
+    map.write(begin, end);
+    layer.params.y_pitch = map.channels;
+  }
+
+  void read_residual(size_t i, Layer<T>& layer) const {
+    const LayerNumbers& n = numbers_[i];
+    check_range("a layer's residual", n.residual, -1, int64_t(i));
+    STD_TORCH_CHECK(n.residual >= 0 || n.rows != Rows::kInterleaved, "a map is interleaved with a second one");
+    if (n.residual < 0) return;
+    STD_TORCH_CHECK(n.rows != Rows::kMeans, "the means of a chain cannot have a residual");
+    STD_TORCH_CHECK(n.residual != 0 || !reads_nchw_, "an input in NCHW cannot be a residual");
+    layer.residual = {n.residual, n.residual_begin};
+    const int64_t channels = n.rows == Rows::kInterleaved ? layer.params.in_channels : layer.params.out_channels;
+    const ChainMap& map = maps_[size_t(n.residual)];
+    STD_TORCH_CHECK(map.height == layer.params.out_height && map.width == layer.params.out_width &&
+                        channels <= map.channels - n.residual_begin,
+                    "the residual of a layer must be a map of the same shape");
+    checked(i, layer.residual, channels);
+    layer.params.residual_pitch = map.channels;
+  }
+
+  void read(size_t i) {
+    const LayerNumbers& n = numbers_[i];
+    STD_TORCH_CHECK(n.rows != Rows::kPatchesOfNchw || i == 0, "only the first layer of a chain can read NCHW");
+    Layer<T> layer{};
+    SeparableParams<T>& params = layer.params;
+    params.rows = n.rows;
+    params.kernel = n.geometry.kernel;
+    params.stride = n.geometry.stride;
+    params.dilation = n.geometry.dilation;
+    params.pad_top = n.geometry.pad_top;
+    params.pad_left = n.geometry.pad_left;
+    params.channels_last = true;
+    params.activation = Activation(n.geometry.activation);
+    params.pointwise_activation = Activation(n.geometry.pointwise_activation);
+    params.out_channels = n.out_channels;
+    read_input(i, layer);
+    read_sizes(n, params);
+    read_weights(i, params);
+    read_residual(i, layer);
+    write_output(i, layer);
+    layers_.push_back(layer);
+  }
+
+  const SeparableKernels<T>& kernels_;
+  const Isa& isa_;
+  const Tensor& packed_;
+  int64_t batch_, offset_ = 0;  // offset: of the next weights
+  bool reads_nchw_ = false;
+  std::vector<LayerNumbers> numbers_;
+  std::vector<ChainMap> maps_;
+  std::vector<Layer<T>> layers_;
 };
 
 template <typename T>
 Tensor chain_as(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& numbers) {
   const Isa& isa = active_isa();
   const auto& kernels = isa.separable<T>();
-  constexpr int64_t kHeaderSize = int64_t(sizeof(PackedHeader) / sizeof(T));
-  const T* const weights = packed.const_data_ptr<T>();
-  const int64_t batch = x.size(0), weights_size = packed.size(0);
-  int64_t channels = x.size(1), height = x.size(2), width = x.size(3), offset = 0;
-
-  std::vector<SeparableParams<T>> layers;
-  std::vector<int64_t> residuals, gated;
-  // Channels, height and width of the maps: first x, then what the layers give.
-  std::vector<std::array<int64_t, 3>> maps{{channels, height, width}};
-  for (size_t i = 0; i < numbers.size(); i += kNumbersPerLayer) {
-    const Layer layer(numbers.data() + i);
-    const Geometry& g = layer.geometry;
-    STD_TORCH_CHECK(layer.rows != Rows::kPatchesOfNchw || i == 0, "only the first layer of a chain can read NCHW");
-    check_range("a layer's gated", layer.gated, -1, int64_t(i / kNumbersPerLayer) - 1);
-    if (layer.gated >= 0) {
-      STD_TORCH_CHECK(layer.rows == Rows::kPixels, "a layer with a gated map must be a 1x1 convolution");
-      STD_TORCH_CHECK(height == 1 && width == 1 && maps[size_t(layer.gated)][0] == channels,
-                      "what stands in front of a layer with a gated map must give a factor for each of its channels");
-      STD_TORCH_CHECK(layer.gated != 0 || numbers[0] != int64_t(Rows::kPatchesOfNchw),
-                      "an input in NCHW cannot be gated");
-      height = maps[size_t(layer.gated)][1];
-      width = maps[size_t(layer.gated)][2];
-    }
-    gated.push_back(layer.gated - 1);
-    SeparableParams<T> params{};
-    params.rows = layer.rows;
-    params.in_channels = reads_patches(params) ? 9 * channels : channels;
-    params.height = height;
-    params.width = width;
-    params.out_channels = layer.out_channels;
-    params.kernel = g.kernel;
-    if (layer.rows == Rows::kMeans) {
-      STD_TORCH_CHECK(height > 0 && width > 0, "x is too small: a map without a pixel has no mean");
-      params.out_height = params.out_width = 1;
-    } else if (layer.rows == Rows::kPixels) {
-      STD_TORCH_CHECK(height > 0 && width > 0, "x is too small: it has no pixel");
-      STD_TORCH_CHECK(g.stride == 1 && g.pad_top == 0 && g.pad_bottom == 0 && g.pad_left == 0 && g.pad_right == 0,
-                      "a 1x1 convolution in a chain has neither stride nor padding");
-      params.out_height = height;
-      params.out_width = width;
-    } else {
-      params.out_height = output_size("height", height, g.pad_top, g.pad_bottom, g);
-      params.out_width = output_size("width", width, g.pad_left, g.pad_right, g);
-    }
-    element_count(batch, params.out_channels, params.out_height, params.out_width);
-    element_count(batch, params.in_channels, params.height, params.width);
-    params.stride = g.stride;
-    params.dilation = g.dilation;
-    params.pad_top = g.pad_top;
-    params.pad_left = g.pad_left;
-    params.channels_last = true;
-    params.activation = Activation(g.activation);
-    params.pointwise_activation = Activation(g.pointwise_activation);
-
-    const bool depthwise_map = layer.rows == Rows::kDepthwiseMap;
-    STD_TORCH_CHECK(!depthwise_map || params.out_channels == channels,
-                    "a depthwise convolution alone has as many output channels as input channels");
-    const PackedHeader header(isa, params.in_channels, depthwise_map ? 0 : params.out_channels, true, sizeof(T),
-                              g.kernel);
-    const int64_t size =
-        kHeaderSize + (depthwise_map ? kernels.depthwise_map_packed_size(channels, g.kernel)
-                                     : kernels.packed_size(params.in_channels, params.out_channels, true));
-    STD_TORCH_CHECK(size <= weights_size - offset && std::memcmp(weights + offset, &header, sizeof(header)) == 0,
-                    "packed must hold the weights of layer ", i / kNumbersPerLayer, ", packed for isa ", isa.name, ", ",
-                    params.in_channels, " -> ", params.out_channels, " channels in channels_last; pack them again");
-    params.packed = weights + offset + kHeaderSize;
-    offset += size;
-    layers.push_back(params);
-    channels = params.out_channels;
-    height = params.out_height;
-    width = params.out_width;
-    maps.push_back({channels, height, width});
-    check_range("a layer's residual", layer.residual, -1, int64_t(i / kNumbersPerLayer));
-    STD_TORCH_CHECK(layer.residual < 0 || layer.rows != Rows::kMeans, "the means of a chain cannot have a residual");
-    STD_TORCH_CHECK(layer.residual < 0 || maps[size_t(layer.residual)] == maps.back(),
-                    "the residual of a layer must be a map of the same shape");
-    STD_TORCH_CHECK(layer.residual != 0 || numbers[0] != int64_t(Rows::kPatchesOfNchw),
-                    "an input in NCHW cannot be a residual");
-    residuals.push_back(layer.residual - 1);
-  }
-  STD_TORCH_CHECK(offset == weights_size, "packed must hold the weights of the layers and nothing else");
-
-  const bool is_map = layers.back().rows != Rows::kMeans;
-  const std::array<int64_t, 4> sizes{batch, channels, height, width};
+  const ChainReader<T> chain(kernels, isa, x, packed, numbers);
+  const int64_t batch = x.size(0);
+  const ChainMap& output = chain.output();
+  const bool is_map = chain.layers().back().params.rows != Rows::kMeans;
+  const std::array<int64_t, 4> sizes{batch, output.channels, output.height, output.width};
   Tensor y = is_map ? empty_strided<4>(sizes, dense_strides(sizes, true), x.scalar_type())
-                    : empty_strided<2>({batch, channels}, {channels, 1}, x.scalar_type());
+                    : empty_strided<2>({batch, output.channels}, {output.channels, 1}, x.scalar_type());
   const int64_t threads = torch::stable::get_num_threads();
-  ChainRunner<T>(kernels, layers, residuals, gated)
+  ChainRunner<T>(kernels, chain.layers())
       .run(x.const_data_ptr<T>(), y.mutable_data_ptr<T>(), batch, threads, TorchParallelFor());
   return y;
 }
@@ -154,12 +315,17 @@ Tensor chain(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& 
 }  // namespace
 }  // namespace fusedsep
 
-// `layers` has 13 numbers for each: rows (csrc/kernels/separable.h), out_channels, stride, dilation, pad_left,
-// pad_right, pad_top, pad_bottom, activation, pointwise_activation, residual, kernel, gated. `residual` is the number
-// of the map that is added to what the layer gives: 0 for x, i for that of layer i - 1, and -1 for none. `gated` is
-// that of the map that a 1x1 convolution reads, times what the layer in front of it gives for each channel; -1 for a
-// layer that reads what the layer in front of it gives. `packed` is what `pack`, or `pack_depthwise`, returned for
-// each, in channels_last, one after the other.
+// `layers` has 19 numbers for each: rows (csrc/kernels/separable.h), out_channels, stride, dilation, pad_left,
+// pad_right, pad_top, pad_bottom, activation, pointwise_activation, residual, kernel, gated, input, input_begin,
+// in_channels, output, output_begin, residual_begin.
+//
+// Maps have numbers: 0 is x, i that of layer i - 1. A layer reads `in_channels` channels (0: all that follow) of map
+// `input` from `input_begin` on; -1 for what the layer in front of it writes. It writes a map of its own if `output` is
+// -1, and to channels of map `output` from `output_begin` on otherwise: maps side by side need no copy. `residual` is
+// the map whose channels from `residual_begin` on are added to what the layer gives, or that are interleaved; -1 for
+// none. `gated` stands in the place of `input` where a 1x1 convolution reads that map times what the layer in front
+// of it gives for each channel; -1 for no such. The last layer writes the output. `packed` is what `pack`, or
+// `pack_depthwise`, returned for each layer that has weights, in channels_last, one after the other.
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedsep, m) { m.def("chain(Tensor x, Tensor packed, int[] layers) -> Tensor"); }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedsep, CPU, m) { m.impl("chain", TORCH_BOX(&fusedsep::chain)); }

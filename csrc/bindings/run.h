@@ -188,6 +188,30 @@ void run_depthwise_map(const SeparableKernels<T>& kernels, const SeparableParams
   });
 }
 
+// What is worth another thread where two maps become one.
+constexpr int64_t kCombinedElements = 4096;
+
+template <typename T, class ParallelFor>
+void run_combine(const SeparableKernels<T>& kernels, const SeparableParams<T>& params, int64_t threads,
+                 const ParallelFor& parallel_for) {
+  const int64_t pixels = params.batch * params.out_height * params.out_width;
+  const int64_t workers = std::max(int64_t(1), std::min(threads, pixels * params.out_channels / kCombinedElements));
+  parallel_for(workers, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      kernels.combine(params, worker * pixels / workers, (worker + 1) * pixels / workers);
+    }
+  });
+}
+
+template <typename T, class ParallelFor>
+void run_max_pool(const SeparableKernels<T>& kernels, const SeparableParams<T>& params, int64_t threads,
+                  const ParallelFor& parallel_for) {
+  const int64_t rows = params.batch * params.out_height, workers = std::min(threads, rows);
+  parallel_for(workers, [&](int64_t begin, int64_t end) {
+    kernels.max_pool(params, begin * rows / workers, end * rows / workers);
+  });
+}
+
 // A separable convolution with scratch that the calling thread keeps.
 template <typename T, class ParallelFor>
 void run_separable(const SeparableKernels<T>& kernels, const SeparableParams<T>& params, const Plan& plan,

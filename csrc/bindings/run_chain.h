@@ -4,8 +4,8 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <limits>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -18,101 +18,124 @@ constexpr int64_t kImagesBytes = 1024 * 1024;
 // A thread keeps a workspace up to this size from call to call.
 constexpr size_t kKeptBytes = 64 * 1024 * 1024;
 
-// Elements of one image's input and output of a layer.
+// Channels of a map from `begin` on. Map 0 is the input of a chain; -1: none.
+struct Span {
+  int64_t map = -1, begin = 0;
+};
+
+// A layer of a chain, with all but its maps and batch filled in, and where those are.
 template <typename T>
-int64_t in_size(const SeparableParams<T>& layer) {
-  return (reads_patches(layer) ? layer.in_channels / 9 : layer.in_channels) * layer.height * layer.width;
-}
-template <typename T>
-int64_t out_size(const SeparableParams<T>& layer) {
-  return layer.out_channels * layer.out_height * layer.out_width;
-}
+struct Layer {
+  SeparableParams<T> params;
+  Span input, output, residual, gate;
+
+  // The maps that it reads; -1 among them: none.
+  std::array<int64_t, 3> reads() const { return {input.map, residual.map, gate.map}; }
+};
 
 // Where the maps between the layers lie in one workspace.
 //
-// A map that only the next layer reads is dead after it: such maps lie at the two ends of one area in turns, which
-// holds the largest two neighbours. A map that a later layer adds to its own lies in a second area, at the first place
-// that is free for as long as it is needed.
+// A map that only the layer behind its own reads is dead after it: such maps lie at the two ends of one area in turns,
+// which holds the largest two neighbours. What lives longer lies in a second area, at the first place that is free for
+// as long as it is needed.
 class MapPlan {
  public:
-  // `sizes[i]` is that of the map that layer i writes; `residuals[i]` the layer whose map layer i adds, `gated[i]` that
-  // whose map it reads times a factor, or -1 or less. The last map is the output, which lies elsewhere.
-  MapPlan(const std::vector<int64_t>& sizes, const std::vector<int64_t>& residuals, const std::vector<int64_t>& gated) {
-    const int64_t count = std::max(int64_t(0), int64_t(sizes.size()) - 1);
-    std::vector<int64_t> last_use(size_t(count), 0);
-    for (int64_t i = 0; i < count; ++i) last_use[size_t(i)] = i + 1;
-    for (const auto* reads : {&residuals, &gated}) {
-      for (int64_t i = 0; i < int64_t(reads->size()); ++i) {
-        const int64_t map = (*reads)[size_t(i)];
-        if (map >= 0) last_use[size_t(map)] = std::max(last_use[size_t(map)], i);
+  // A map lives from the first layer that writes it to the last one that reads or writes it. The output of the chain
+  // lies elsewhere.
+  template <typename T>
+  explicit MapPlan(const std::vector<Layer<T>>& layers) {
+    for (size_t i = 0; i < layers.size(); ++i) {
+      const SeparableParams<T>& params = layers[i].params;
+      Map& written = map(layers[i].output.map);
+      if (written.size == 0) {
+        written.first = int64_t(i);
+        written.size = (y_pitch_of(params) * params.out_height * params.out_width + 15) / 16 * 16;
+      }
+      written.last = int64_t(i);
+      for (const int64_t read : layers[i].reads()) {
+        if (read > 0) map(read).last = int64_t(i);
       }
     }
-    const auto is_held = [&](int64_t i) { return last_use[size_t(i)] > i + 1; };
-    const auto size = [&](int64_t i) { return (sizes[size_t(i)] + 15) / 16 * 16; };
+    map(layers.back().output.map).size = 0;
+
+    std::vector<int64_t> by_layer(layers.size(), -1);  // the maps that are dead after the next layer
+    for (size_t i = 0; i < maps_.size(); ++i) {
+      if (maps_[i].size > 0 && !maps_[i].is_held()) by_layer[size_t(maps_[i].first)] = int64_t(i);
+    }
     int64_t area = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      if (is_held(i)) continue;
-      area = std::max(area, size(i) + (i > 0 && !is_held(i - 1) ? size(i - 1) : 0));
+    const auto size_at = [&](size_t i) { return by_layer[i] < 0 ? 0 : maps_[size_t(by_layer[i])].size; };
+    for (size_t i = 0; i < layers.size(); ++i) area = std::max(area, size_at(i) + (i > 0 ? size_at(i - 1) : 0));
+    for (size_t i = 0; i < layers.size(); ++i) {
+      if (by_layer[i] >= 0) maps_[size_t(by_layer[i])].offset = i % 2 == 0 ? 0 : area - size_at(i);
     }
     total_ = area;
-    offsets_.resize(size_t(count));
-    for (int64_t i = 0; i < count; ++i) {
-      int64_t& offset = offsets_[size_t(i)];
-      if (!is_held(i)) {
-        offset = i % 2 == 0 ? 0 : area - size(i);
-        continue;
-      }
-      offset = area;
-      for (int64_t j = 0; j < i; ++j) {  // from the first place on, past every map that is in the way
-        if (!is_held(j) || last_use[size_t(j)] < i) continue;
-        const int64_t begin = offsets_[size_t(j)], end = begin + size(j);
-        if (begin < offset + size(i) && offset < end) {
-          offset = end;
-          j = -1;
-        }
-      }
-      total_ = std::max(total_, offset + size(i));
+    for (size_t i = 0; i < maps_.size(); ++i) {
+      if (maps_[i].size > 0 && maps_[i].is_held()) place(i, area);
     }
   }
 
   int64_t total() const { return total_; }
-  int64_t offset(size_t i) const { return offsets_[i]; }
+  int64_t offset(int64_t map) const { return maps_[size_t(map)].offset; }
 
  private:
-  std::vector<int64_t> offsets_;
+  struct Map {
+    int64_t size = 0, first = 0, last = 0, offset = -1;
+
+    bool is_held() const { return last > first + 1; }
+  };
+
+  Map& map(int64_t number) {
+    if (maps_.size() <= size_t(number)) maps_.resize(size_t(number) + 1);
+    return maps_[size_t(number)];
+  }
+
+  // At the first place from `area` on, past every map that is in the way.
+  void place(size_t number, int64_t area) {
+    Map& own = maps_[number];
+    int64_t offset = area;
+    for (size_t i = 0; i < maps_.size(); ++i) {
+      const Map& other = maps_[i];
+      const bool in_the_way = other.offset >= area && other.size > 0 && other.first <= own.last &&
+                              own.first <= other.last && other.offset < offset + own.size &&
+                              offset < other.offset + other.size;
+      if (!in_the_way) continue;
+      offset = other.offset + other.size;
+      i = size_t(-1);  // from the first one again
+    }
+    own.offset = offset;
+    total_ = std::max(total_, offset + own.size);
+  }
+
+  std::vector<Map> maps_;
   int64_t total_ = 0;
 };
 
-// Consecutive layers, each of which takes what the one before it gives. They have all but their maps and batch filled
-// in. Layer i adds the map of layer `residuals[i]`: -1 is the input, anything less is none. A layer where there is a
-// `gated[i]` reads that map, times what the layer before it gives.
+// Layers in an order in which each reads what those in front of it write. The last one writes the output, alone or
+// with others.
 template <typename T>
 class LayerRun {
  public:
-  LayerRun(const SeparableKernels<T>& kernels, std::vector<SeparableParams<T>> layers, std::vector<int64_t> residuals,
-           std::vector<int64_t> gated, int64_t images_at_once)
-      : kernels_(kernels),
-        layers_(std::move(layers)),
-        residuals_(std::move(residuals)),
-        gated_(std::move(gated)),
-        images_at_once_(images_at_once),
-        maps_(out_sizes(layers_), residuals_, gated_) {}
+  LayerRun(const SeparableKernels<T>& kernels, std::vector<Layer<T>> layers, int64_t images_at_once)
+      : kernels_(kernels), layers_(std::move(layers)), images_at_once_(images_at_once), maps_(layers_) {
+    const SeparableParams<T>&first = layers_.front().params, &last = layers_.back().params;
+    in_size_ = x_pitch_of(first) * first.height * first.width;
+    out_size_ = y_pitch_of(last) * last.out_height * last.out_width;
+  }
 
-  int64_t in_size() const { return fusedsep::in_size(layers_.front()); }
-  int64_t out_size() const { return fusedsep::out_size(layers_.back()); }
+  // Elements of one image.
+  int64_t in_size() const { return in_size_; }
+  int64_t out_size() const { return out_size_; }
 
   // The maps of the images that are worked on at once, and the scratch of the layer that needs most.
   int64_t workspace_size(int64_t images, int64_t threads) const {
     const int64_t most = std::min(images, images_at_once_);
     int64_t scratch = 0;
-    for (SeparableParams<T> layer : layers_) {
+    for (const Layer<T>& layer : layers_) {
+      SeparableParams<T> params = layer.params;
       for (const int64_t batch : {most, images % most}) {
         if (batch == 0) continue;
-        layer.batch = batch;
-        const int64_t size = layer.rows == Rows::kDepthwiseMap
-                                 ? MapSplit<T>(kernels_, layer, threads).size
-                                 : ScratchSizes<T>(kernels_, layer, plan_for(kernels_, layer, threads), threads).size;
-        scratch = std::max(scratch, size);
+        params.batch = batch;
+        scratch = std::max(scratch, scratch_size(params, threads));
       }
     }
     return most * maps_.total() + scratch;
@@ -122,69 +145,85 @@ class LayerRun {
   void run(const T* x, T* y, int64_t images, int64_t threads, const ParallelFor& parallel_for, T* memory) const {
     const int64_t most = std::min(images, images_at_once_);
     for (int64_t image = 0; image < images; image += most) {
-      run_at_once(x + image * in_size(), y + image * out_size(), std::min(most, images - image), most, threads,
+      run_at_once(x + image * in_size_, y + image * out_size_, std::min(most, images - image), most, threads,
                   parallel_for, memory);
     }
   }
 
  private:
-  static std::vector<int64_t> out_sizes(const std::vector<SeparableParams<T>>& layers) {
-    std::vector<int64_t> sizes;
-    for (const auto& layer : layers) sizes.push_back(fusedsep::out_size(layer));
-    return sizes;
+  int64_t scratch_size(const SeparableParams<T>& params, int64_t threads) const {
+    switch (params.rows) {
+      case Rows::kSum:
+      case Rows::kInterleaved:
+      case Rows::kMaxPool:
+        return 0;
+      case Rows::kDepthwiseMap:
+        return MapSplit<T>(kernels_, params, threads).size;
+      default:
+        return ScratchSizes<T>(kernels_, params, plan_for(kernels_, params, threads), threads).size;
+    }
   }
 
   template <class ParallelFor>
   void run_at_once(const T* x, T* y, int64_t images, int64_t most, int64_t threads, const ParallelFor& parallel_for,
                    T* memory) const {
-    const auto map_of = [&](int64_t i) -> T* { return i < 0 ? nullptr : memory + most * maps_.offset(size_t(i)); };
+    const int64_t output = layers_.back().output.map;
+    const auto written = [&](const Span& span) -> T* {
+      return (span.map == output ? y : memory + most * maps_.offset(span.map)) + span.begin;
+    };
+    const auto read = [&](const Span& span) -> const T* {
+      return span.map < 0 ? nullptr : span.map == 0 ? x + span.begin : written(span);
+    };
     T* const scratch = memory + most * maps_.total();
-    const T* in = x;
-    for (size_t i = 0; i < layers_.size(); ++i) {
-      SeparableParams<T> layer = layers_[i];
-      layer.batch = images;
-      layer.x = in;
-      layer.y = i + 1 == layers_.size() ? y : map_of(int64_t(i));
-      layer.residual = residuals_[i] == -1 ? x : map_of(residuals_[i]);
-      if (gated_[i] >= -1) {
-        layer.gate = in;
-        layer.x = gated_[i] == -1 ? x : map_of(gated_[i]);
+    for (const Layer<T>& layer : layers_) {
+      SeparableParams<T> params = layer.params;
+      params.batch = images;
+      params.x = read(layer.input);
+      params.y = written(layer.output);
+      params.residual = read(layer.residual);
+      params.gate = read(layer.gate);
+      switch (params.rows) {
+        case Rows::kSum:
+        case Rows::kInterleaved:
+          run_combine(kernels_, params, threads, parallel_for);
+          break;
+        case Rows::kMaxPool:
+          run_max_pool(kernels_, params, threads, parallel_for);
+          break;
+        case Rows::kDepthwiseMap:
+          run_depthwise_map(kernels_, params, threads, parallel_for, scratch);
+          break;
+        default:
+          run_separable(kernels_, params, plan_for(kernels_, params, threads), threads, parallel_for, scratch);
       }
-      if (layer.rows == Rows::kDepthwiseMap) {
-        run_depthwise_map(kernels_, layer, threads, parallel_for, scratch);
-      } else {
-        run_separable(kernels_, layer, plan_for(kernels_, layer, threads), threads, parallel_for, scratch);
-      }
-      in = layer.y;
     }
   }
 
   const SeparableKernels<T>& kernels_;
-  std::vector<SeparableParams<T>> layers_;
-  std::vector<int64_t> residuals_, gated_;
-  int64_t images_at_once_;
+  std::vector<Layer<T>> layers_;
+  int64_t images_at_once_, in_size_, out_size_;
   MapPlan maps_;
 };
 
 template <typename T>
 class ChainRunner {
  public:
-  // Layers, residuals and gated as of a LayerRun.
-  ChainRunner(const SeparableKernels<T>& kernels, const std::vector<SeparableParams<T>>& layers,
-              const std::vector<int64_t>& residuals, const std::vector<int64_t>& gated) {
-    const size_t head = head_of(layers, residuals, gated);
-    const auto part = [&](size_t begin, size_t end, int64_t images_at_once) {
-      const auto of = [&](const auto& all) {
-        return std::decay_t<decltype(all)>(all.begin() + int64_t(begin), all.begin() + int64_t(end));
-      };
-      parts_.emplace_back(kernels, of(layers), of(residuals), of(gated), images_at_once);
-    };
+  // Layers as of a LayerRun.
+  ChainRunner(const SeparableKernels<T>& kernels, const std::vector<Layer<T>>& layers) {
+    const size_t head = head_of(layers);
     int64_t most = 1;
     for (size_t i = 0; i < head; ++i) most = std::max(most, in_size(layers[i]) + out_size(layers[i]));
-    part(0, head, images_of(most));
+    parts_.emplace_back(kernels, std::vector<Layer<T>>(layers.begin(), layers.begin() + int64_t(head)),
+                        images_of(most));
     if (head == layers.size()) return;
     images_of_head_ = images_of(in_size(layers[head]));
-    part(head, layers.size(), images_of_head_);
+    std::vector<Layer<T>> last(layers.begin() + int64_t(head), layers.end());
+    const int64_t before = last.front().input.map;  // what the head reads is its map 0
+    for (Layer<T>& layer : last) {
+      layer.input.map -= before;
+      layer.output.map -= before;
+    }
+    parts_.emplace_back(kernels, std::move(last), images_of_head_);
   }
 
   // While there are images for every thread, each thread takes its own through all layers and waits for nobody. What
@@ -222,13 +261,27 @@ class ChainRunner {
     return std::max(int64_t(1), kImagesBytes / (elements * int64_t(sizeof(T))));
   }
 
-  // The first layer of the products of means at the end; their number of layers where there are none, or no others.
-  static size_t head_of(const std::vector<SeparableParams<T>>& layers, const std::vector<int64_t>& residuals,
-                        const std::vector<int64_t>& gated) {
+  // Elements of one image that a layer reads, and that it writes.
+  static int64_t in_size(const Layer<T>& layer) {
+    const SeparableParams<T>& p = layer.params;
+    return (reads_patches(p) ? p.in_channels / 9 : p.in_channels) * p.height * p.width;
+  }
+  static int64_t out_size(const Layer<T>& layer) {
+    return layer.params.out_channels * layer.params.out_height * layer.params.out_width;
+  }
+
+  // The first layer of the products of means at the end, each of which reads what the one before it writes; their
+  // number where there are none, or no others.
+  static size_t head_of(const std::vector<Layer<T>>& layers) {
     for (size_t i = layers.size(); i-- > 1;) {
-      if (residuals[i] >= -1 || gated[i] >= -1) break;
-      if (layers[i].rows == Rows::kMeans) return i;
-      if (layers[i].rows != Rows::kPixels) break;
+      const Layer<T>&layer = layers[i], &before = layers[i - 1];
+      const bool reads_all_before = layer.input.map == before.output.map && layer.input.begin == before.output.begin &&
+                                    layer.params.x_pitch == layer.params.in_channels &&
+                                    layer.params.in_channels == before.params.out_channels;
+      const bool is_alone = layer.params.y_pitch == layer.params.out_channels && layer.residual.map < 0;
+      if (!reads_all_before || !is_alone || layer.gate.map >= 0) break;
+      if (layer.params.rows == Rows::kMeans) return i;
+      if (layer.params.rows != Rows::kPixels) break;
     }
     return layers.size();
   }

@@ -90,8 +90,8 @@ struct Patch {
       : channels(p.in_channels / 9),
         dilation(p.dilation),
         channels_first(p.rows == Rows::kPatchesOfNchw),
-        of_row(p.width * (channels_first ? 1 : channels)),
-        of_column(channels_first ? 1 : channels),
+        of_row(p.width * (channels_first ? 1 : x_pitch_of(p))),
+        of_column(channels_first ? 1 : x_pitch_of(p)),
         of_channel(channels_first ? p.height * p.width : 1) {}
 };
 
@@ -147,7 +147,7 @@ constexpr int kHalfTileRows = int(min_of(Tiling<V>::kTileRows, 12));
 template <class V>
 void convolve_run(const Run<typename V::T>& run, const TapList<V>& list, const typename V::T* weights, int64_t depth,
                   const typename V::T* bias, int64_t column_begin, int64_t column_end, typename V::T* out,
-                  int64_t out_channels, Epilogue<typename V::T>& epilogue) {
+                  int64_t out_pitch, Epilogue<typename V::T>& epilogue) {
   using T = typename V::T;
   using Half = typename V::Half;
   constexpr int64_t L = V::kLanes;
@@ -162,7 +162,7 @@ void convolve_run(const Run<typename V::T>& run, const TapList<V>& list, const t
   for (int64_t b = 0; b < blocks; ++b) {
     const Block block = block_at(run.count, blocks, b);
     const T* const x = run.x + block.begin * run.step;
-    T* const y = out + block.begin * out_channels;
+    T* const y = out + block.begin * out_pitch;
     for (int64_t q = column_begin; q < column_end; q += Tiling<V>::kTileColumns) {
       const int64_t width = round_up(min_of(Tiling<V>::kTileColumns, column_end - q), L);
       const int64_t whole = min_of(width, whole_end - q);
@@ -170,12 +170,12 @@ void convolve_run(const Run<typename V::T>& run, const TapList<V>& list, const t
       if (whole > 0) {
         if (epilogue.last) epilogue.bias = bias + q;
         kWhole.table[ceil_div(whole, L) - 1][block.size - 1](list.taps, list.count, x, run.step, panel, width, y + q,
-                                                             out_channels, whole, epilogue);
+                                                             out_pitch, whole, epilogue);
       }
       if (whole < width && halved) {
         if (epilogue.last) epilogue.bias = bias + q + whole;
         kHalf.table[0][block.size - 1](list.taps, list.count, x, run.step, panel + whole, width, y + q + whole,
-                                       out_channels, tail, epilogue);
+                                       out_pitch, tail, epilogue);
       }
     }
   }
@@ -233,13 +233,14 @@ void convolve(const SeparableParams<typename V::T>& p, const typename V::T* weig
   using T = typename V::T;
   const int64_t column_begin = panel_begin * Tiling<V>::kTileColumns;
   const int64_t column_end = min_of(panel_end * Tiling<V>::kTileColumns, p.out_channels);
-  T* const y = p.y + (tile.image * p.out_height * p.out_width + tile.begin) * p.out_channels;
+  const int64_t pitch = y_pitch_of(p);
+  T* const y = p.y + (tile.image * p.out_height * p.out_width + tile.begin) * pitch;
   for_each_patch_part<V>(p, [&](const Patch<T>& patch) {
     const bool last = bias != nullptr && patch.end == p.in_channels;
     Epilogue<T> epilogue{nullptr, patch.begin == 0, last, p.pointwise_activation, nullptr, 0};
     for_each_run<V>(p, patch, tile, [&](const Run<T>& run, const TapList<V>& taps, int64_t pixel) {
-      convolve_run<V>(run, taps, weights, p.in_channels, bias, column_begin, column_end, y + pixel * p.out_channels,
-                      p.out_channels, epilogue);
+      convolve_run<V>(run, taps, weights, p.in_channels, bias, column_begin, column_end, y + pixel * pitch, pitch,
+                      epilogue);
     });
   });
 }

@@ -22,7 +22,7 @@ struct Segment {
   const T* row[3];  // x at the segment's first tap column, channel 0, for the three tap rows; null: outside the map
   int64_t first_column;  // input column of the first tap; may be negative
   int64_t width;         // input columns
-  int64_t pixel_stride;  // elements between input columns: in_channels
+  int64_t pixel_stride;  // elements between input columns
   int64_t stride, dilation;
   Activation activation;
   // kUnit and kHalving: the column of the first pixel's first tap, that of the last one's last, is outside the map.
@@ -184,7 +184,7 @@ FUSEDSEP_INLINE Segment<T> segment_at(const SeparableParams<T>& p, const T* imag
   Segment<T> segment;
   segment.first_column = j * p.stride - p.pad_left;
   segment.width = p.width;
-  segment.pixel_stride = p.in_channels;
+  segment.pixel_stride = x_pitch_of(p);
   segment.stride = p.stride;
   segment.dilation = p.dilation;
   segment.activation = p.activation;
@@ -193,7 +193,7 @@ FUSEDSEP_INLINE Segment<T> segment_at(const SeparableParams<T>& p, const T* imag
   for (int u = 0; u < 3; ++u) {
     const int64_t row = i * p.stride - p.pad_top + u * p.dilation;
     const bool inside = row >= 0 && row < p.height;
-    segment.row[u] = inside ? image + (row * p.width + segment.first_column) * p.in_channels : nullptr;
+    segment.row[u] = inside ? image + (row * p.width + segment.first_column) * segment.pixel_stride : nullptr;
   }
   return segment;
 }
@@ -201,7 +201,7 @@ FUSEDSEP_INLINE Segment<T> segment_at(const SeparableParams<T>& p, const T* imag
 // What of x the next tile reads and this one does not: rows, which follow on those of this one.
 template <typename T>
 Ahead<T> rows_ahead(const SeparableParams<T>& p, const Tile& tile) {
-  const int64_t out_pixels = p.out_height * p.out_width, pixels = p.batch * out_pixels, row = p.width * p.in_channels;
+  const int64_t out_pixels = p.out_height * p.out_width, pixels = p.batch * out_pixels, row = p.width * x_pitch_of(p);
   // Behind all that output pixels before `pixel` read.
   const auto read_until = [&](int64_t pixel) {
     const int64_t image = (pixel - 1) / out_pixels, i = (pixel - 1) % out_pixels / p.out_width;
@@ -219,8 +219,8 @@ FUSEDSEP_INLINE void fetch_next_row(const SeparableParams<T>& p, const Segment<T
                                     int64_t channel, int64_t count) {
   if (segment.row[2] == nullptr) return;
   for (int64_t row = 1; row <= p.stride; ++row) {
-    const T* x = segment.row[2] + row * p.width * p.in_channels + channel;
-    for (int64_t column = 0; column < columns; ++column, x += p.in_channels) {
+    const T* x = segment.row[2] + row * p.width * segment.pixel_stride + channel;
+    for (int64_t column = 0; column < columns; ++column, x += segment.pixel_stride) {
       for (int64_t k = 0; k < count; k += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + k, 0, 2);
     }
   }
@@ -238,11 +238,12 @@ void depthwise_channels_last(const SeparableParams<typename V::T>& p, const Tile
   static constexpr int kHalfRows = (Tiling<V>::kTileRows + 1) / 2;  // 17 values for 16 registers: one is read again
   static constexpr SegmentKernels<Half, L, kHalfRows> kHalfKernels;
 
-  const int64_t channels = p.in_channels, padded = round_up(channels, L), map = p.height * p.width * channels;
+  const int64_t channels = p.in_channels, padded = round_up(channels, L), pitch = x_pitch_of(p);
+  const int64_t map = p.height * p.width * pitch;
   const int64_t pixels = tile.end - tile.begin;
   const int64_t out_pixels = p.out_height * p.out_width, first = tile.begin % out_pixels;
   const T* const weights = p.packed + PackedLayout<V>(channels, p.out_channels, true).depthwise;
-  const T* const end = p.x + p.batch * map;
+  const T* const end = p.x + p.batch * map - (pitch - channels);
   const auto all = V::mask(0, L), tail = V::mask(0, channels % L);
   const Reach reach(p);
 
@@ -254,7 +255,7 @@ void depthwise_channels_last(const SeparableParams<typename V::T>& p, const Tile
     const T* last_row = nullptr;
     for (const T* row : segment.row) last_row = row != nullptr ? row : last_row;
     const int64_t last_column = min_of((count - 1) * p.stride + 2 * p.dilation, p.width - 1 - segment.first_column);
-    const int64_t read = last_column * channels + c + (halved ? Half::kLanes : L);
+    const int64_t read = last_column * pitch + c + (halved ? Half::kLanes : L);
     if (last_row != nullptr && last_row + read > end) taps = Taps::kChecked;
     if (!halved) {
       kKernels.table[int(taps)][count - 1](segment, {c, channels}, tail, weights + 10 * c, out, L);
@@ -266,7 +267,7 @@ void depthwise_channels_last(const SeparableParams<typename V::T>& p, const Tile
       segment.last_outside = last_outside && some == count;
       kHalfKernels.table[int(taps)][some - 1](segment, {c, channels}, Half::mask(0, channels - c), weights + 10 * c,
                                               out, L);
-      for (const T*& row : segment.row) row = row == nullptr ? nullptr : row + some * p.stride * channels;
+      for (const T*& row : segment.row) row = row == nullptr ? nullptr : row + some * p.stride * pitch;
       segment.first_column += some * p.stride;
       segment.first_outside = false;
     }

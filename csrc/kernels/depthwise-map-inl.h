@@ -62,8 +62,8 @@ struct MapSegment {
   const T* weights;  // a bias and the taps
   Activation activation;
   T* y;
-  const T* residual;  // null: none
-  int64_t y_stride;   // elements between pixels, of `residual` too
+  const T* residual;                  // null: none
+  int64_t y_stride, residual_stride;  // elements between pixels
   bool whole;
   typename V::Mask mask;  // of y's lanes unless `whole`
 };
@@ -93,7 +93,7 @@ __attribute__((noinline)) void depthwise_map_segment(const MapSegment<V>& segmen
   if (segment.residual != nullptr) {
     FUSEDSEP_UNROLL(16)
     for (int m = 0; m < M; ++m) {
-      const auto* residual = segment.residual + m * stride;
+      const auto* residual = segment.residual + m * segment.residual_stride;
       sum[m] = V::add(segment.whole ? V::load(residual) : V::load(residual, segment.mask), sum[m]);
     }
   }
@@ -132,14 +132,15 @@ template <class V>
 void keep_map_row(const SeparableParams<typename V::T>& p, const typename V::T* image, int64_t i, int64_t begin,
                   const KeptRows<V>& rows, typename V::T* row) {
   constexpr int64_t L = V::kLanes;
-  const int64_t channels = p.in_channels, columns = min_of(p.width, rows.columns - p.pad_left);
+  const int64_t channels = p.in_channels, pitch = x_pitch_of(p);
+  const int64_t columns = min_of(p.width, rows.columns - p.pad_left);
   for (int64_t v = 0; v < kLineVectors<V> && begin + v * L < channels; ++v) {
     const int64_t lanes = channels - begin - v * L;
     const auto mask = V::mask(0, lanes);
-    const auto* from = image + i * p.width * channels + begin + v * L;
+    const auto* from = image + i * p.width * pitch + begin + v * L;
     auto* to = row + (v * rows.columns + p.pad_left) * L;
-    for (int64_t j = 0; j < columns; ++j, from += channels, to += L) {
-      __builtin_prefetch(from + p.width * channels, 0, 2);  // what the next row reads
+    for (int64_t j = 0; j < columns; ++j, from += pitch, to += L) {
+      __builtin_prefetch(from + p.width * pitch, 0, 2);  // what the next row reads
       (lanes >= L ? V::load(from) : V::load(from, mask)).store(to);
     }
   }
@@ -154,6 +155,7 @@ void depthwise_map(const SeparableParams<typename V::T>& p, int64_t row_begin, i
   constexpr int64_t L = V::kLanes, kLine = kLineVectors<V> * L;
   static constexpr MapKernels<V> kKernels;
   const int64_t channels = p.in_channels, taps = p.kernel * p.kernel;
+  const int64_t y_pitch = y_pitch_of(p), residual_pitch = residual_pitch_of(p);
   const KeptRows<V> rows(p);
   const auto& kernels = kKernels.table[p.kernel / 2 - 1][p.stride - 1];
   const bool stored_first = is_stored_first(p.activation);
@@ -167,16 +169,19 @@ void depthwise_map(const SeparableParams<typename V::T>& p, int64_t row_begin, i
         image = row / p.out_height;
         next = max_of(0, top);
       }
-      const T* const x = p.x + image * p.height * p.width * channels;
+      const T* const x = p.x + image * p.height * p.width * x_pitch_of(p);
       for (next = max_of(next, top); next < min_of(p.height, top + p.kernel); ++next) {
         keep_map_row<V>(p, x, next, line, rows, scratch + next % p.kernel * rows.pitch);
       }
       for (int64_t v = 0; v < kLineVectors<V> && line + v * L < channel_end; ++v) {
-        const int64_t c = line + v * L, first = row * p.out_width * channels + c;
+        const int64_t c = line + v * L, pixel = row * p.out_width;
+        T* const y = p.y + pixel * y_pitch + c;
+        const T* const residual = p.residual == nullptr ? nullptr : p.residual + pixel * residual_pitch + c;
         MapSegment<V> segment{};
         segment.weights = p.packed + c * (1 + taps);
         segment.activation = p.activation;
-        segment.y_stride = channels;
+        segment.y_stride = y_pitch;
+        segment.residual_stride = residual_pitch;
         segment.whole = c + L <= channels;
         segment.mask = V::mask(0, channels - c);
         for (BlockWalk walk(p.out_width, kMapPixels<V>); walk.more(); walk.next()) {
@@ -186,14 +191,14 @@ void depthwise_map(const SeparableParams<typename V::T>& p, int64_t row_begin, i
             const T* kept = scratch + (r < 0 ? 0 : r % p.kernel) * rows.pitch + v * rows.columns * L;
             segment.row[u] = r < 0 || r >= p.height ? nullptr : kept + block.begin * p.stride * L;
           }
-          segment.y = p.y + first + block.begin * channels;
-          if (p.residual != nullptr && !stored_first) segment.residual = p.residual + first + block.begin * channels;
+          segment.y = y + block.begin * y_pitch;
+          if (residual != nullptr && !stored_first) segment.residual = residual + block.begin * residual_pitch;
           kernels[block.size - 1](segment);
         }
         if (stored_first) {
           const int64_t lanes = min_of(L, channels - c);
-          activate_map<V>(p.activation, p.y + first, p.out_width, lanes, channels);
-          if (p.residual != nullptr) add_map<V>(p.residual + first, p.y + first, p.out_width, lanes, channels);
+          activate_map<V>(p.activation, y, p.out_width, lanes, y_pitch);
+          if (residual != nullptr) add_map<V>(residual, residual_pitch, y, y_pitch, p.out_width, lanes);
         }
       }
     }

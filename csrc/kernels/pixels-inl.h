@@ -18,21 +18,21 @@ void pixels(const SeparableParams<typename V::T>& p, const Tile& tile, int64_t c
   using T = typename V::T;
   constexpr int L = V::kLanes;
   const int64_t count = tile.end - tile.begin, blocks = block_count(count, Tiling<V>::kTileRows);
-  const T* const map = p.x + (tile.image * p.out_height * p.out_width + tile.begin) * p.in_channels;
+  const int64_t plane = p.out_height * p.out_width, first = tile.image * plane + tile.begin, pitch = x_pitch_of(p);
   const int64_t whole_end = channel_begin + (channel_end - channel_begin) / L * L;
   const auto mask = V::mask(0, channel_end - whole_end);
   for (int64_t b = 0; b < blocks; ++b) {
     const Block block = block_at(count, blocks, b);
     T* const rows = scratch + block.begin * round_up(p.in_channels, L);
     for (int64_t m = 0; m < block.size; ++m) {
-      const T* const x = map + (block.begin + m) * p.in_channels;
+      const int64_t pixel = first + block.begin + m;
+      const T* const x = p.x + pixel * pitch;
       T* const out = rows + m * L;
       if (p.gate == nullptr) {
         for (int64_t c = channel_begin; c < whole_end; c += L) V::load(x + c).store(out + c * block.size);
         if (whole_end < channel_end) V::load(x + whole_end, mask).store(out + whole_end * block.size);
       } else {
-        const int64_t image = (x - p.x) / (p.in_channels * p.out_height * p.out_width);
-        const T* const gate = p.gate + image * p.in_channels;
+        const T* const gate = p.gate + pixel / plane * p.in_channels;
         for (int64_t c = channel_begin; c < whole_end; c += L) {
           V::mul(V::load(x + c), V::load(gate + c)).store(out + c * block.size);
         }
@@ -47,15 +47,16 @@ void pixels(const SeparableParams<typename V::T>& p, const Tile& tile, int64_t c
 
 // y += map, over `rows` rows of `count` elements.
 template <class V>
-void add_map(const typename V::T* map, typename V::T* y, int64_t rows, int64_t count, int64_t stride) {
+void add_map(const typename V::T* map, int64_t map_pitch, typename V::T* y, int64_t y_pitch, int64_t rows,
+             int64_t count) {
   constexpr int L = V::kLanes;
-  if (count == stride) {
-    count = stride = rows * count;
+  if (count == map_pitch && count == y_pitch) {
+    count *= rows;
     rows = 1;
   }
   const int64_t whole = count / L * L;
   const auto mask = V::mask(0, count - whole);
-  for (int64_t i = 0; i < rows; ++i, map += stride, y += stride) {
+  for (int64_t i = 0; i < rows; ++i, map += map_pitch, y += y_pitch) {
     for (int64_t k = 0; k < whole; k += L) V::add(V::load(map + k), V::load(y + k)).store(y + k);
     if (whole < count) V::add(V::load(map + whole, mask), V::load(y + whole, mask)).store(y + whole, mask);
   }

@@ -4,9 +4,11 @@
 // table.
 #pragma once
 
+#include "combine-inl.h"
 #include "convolution-inl.h"
 #include "depthwise-inl.h"
 #include "depthwise-map-inl.h"
+#include "max-pool-inl.h"
 #include "means-inl.h"
 #include "pack-inl.h"
 #include "pixels-inl.h"
@@ -51,17 +53,19 @@ int64_t panel_count(int64_t out_channels, bool channels_last) {
                        : block_count(out_channels, Tiling<V>::kTileRows);
 }
 
-// What follows the product of a tile in channels_last, while it is in the cache: columns [begin, end) of its rows at
-// `c`.
+// What follows the product of a tile in channels_last, while it is in the cache: columns [begin, end) of `pixels` from
+// the `first` one on, counted on from image to image.
 template <class V>
-void finish_tile(const SeparableParams<typename V::T>& params, typename V::T* c, int64_t pixels, int64_t begin,
+void finish_tile(const SeparableParams<typename V::T>& params, int64_t first, int64_t pixels, int64_t begin,
                  int64_t end) {
-  c += begin;
+  const int64_t pitch = y_pitch_of(params);
+  typename V::T* const c = params.y + first * pitch + begin;
   if (is_stored_first(params.pointwise_activation)) {
-    activate_map<V>(params.pointwise_activation, c, pixels, end - begin, params.out_channels);
+    activate_map<V>(params.pointwise_activation, c, pixels, end - begin, pitch);
   }
   if (params.residual != nullptr) {
-    add_map<V>(params.residual + (c - params.y), c, pixels, end - begin, params.out_channels);
+    const int64_t residual_pitch = residual_pitch_of(params);
+    add_map<V>(params.residual + first * residual_pitch + begin, residual_pitch, c, pitch, pixels, end - begin);
   }
 }
 
@@ -72,12 +76,12 @@ void pointwise(const SeparableParams<typename V::T>& params, const Tile& tile, i
   const int64_t pixels = tile.end - tile.begin, out_pixels = params.out_height * params.out_width;
   const int64_t column_begin = panel_begin * Tiling<V>::kTileColumns;
   const int64_t column_end = min_of(panel_end * Tiling<V>::kTileColumns, params.out_channels);
-  T* image = params.y + tile.image * out_pixels * params.out_channels;
+  const int64_t first = tile.image * out_pixels + tile.begin;
   if (params.rows == Rows::kPatches || params.rows == Rows::kPatchesOfNchw) {
     const PackedLayout<V> layout(params.in_channels, params.out_channels, true);
     convolve<V>(params, params.packed + layout.pointwise, params.packed + layout.pointwise_bias, tile, panel_begin,
                 panel_end);
-    finish_tile<V>(params, image + tile.begin * params.out_channels, pixels, column_begin, column_end);
+    finish_tile<V>(params, first, pixels, column_begin, column_end);
     return;
   }
   const PackedLayout<V> layout(params.in_channels, params.out_channels, params.channels_last);
@@ -96,11 +100,11 @@ void pointwise(const SeparableParams<typename V::T>& params, const Tile& tile, i
     product.columns = weights;
     product.column_begin = column_begin;
     product.column_end = column_end;
-    product.c = image + tile.begin * params.out_channels;
-    product.c_stride = params.out_channels;
+    product.c_stride = y_pitch_of(params);
+    product.c = params.y + first * product.c_stride;
     if (params.rows == Rows::kDepthwise) product.ahead[0] = rows_ahead(params, tile);
     multiply<V, false>(product);
-    finish_tile<V>(params, product.c, pixels, column_begin, column_end);
+    finish_tile<V>(params, first, pixels, column_begin, column_end);
   } else {
     product.rows = weights;
     product.row_count = params.out_channels;
@@ -109,7 +113,7 @@ void pointwise(const SeparableParams<typename V::T>& params, const Tile& tile, i
     product.columns = scratch;
     product.column_begin = 0;
     product.column_end = pixels;
-    product.c = image + tile.begin;
+    product.c = params.y + tile.image * out_pixels * params.out_channels + tile.begin;
     product.c_stride = out_pixels;
     multiply<V, true>(product);
   }
@@ -130,7 +134,9 @@ SeparableKernels<typename V::T> separable_kernels() {
           pack_depthwise_map<V>,
           depthwise_map_scratch_size<V>,
           kLineVectors<V> * V::kLanes,
-          depthwise_map<V>};
+          depthwise_map<V>,
+          combine<V>,
+          max_pool<V>};
 }
 
 }  // namespace

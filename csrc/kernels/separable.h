@@ -55,6 +55,12 @@ enum class Rows : int32_t {
   // No product follows: the depthwise convolution alone, where `kernel` may be 5 or 7 too; y is h. It has kernels of
   // its own, `depthwise_map`.
   kDepthwiseMap = 5,
+  // No convolution at all, and no weights, for `combine`: y = x + residual, or x where that is null,
+  kSum = 6,
+  // and the channels of both in turns: y[2c] = x[c], y[2c + 1] = residual[c].
+  kInterleaved = 7,
+  // The largest of kernel x kernel pixels, of those inside the map, for `max_pool`; NaN if one of them is.
+  kMaxPool = 8,
 };
 
 // Weights and values a channel of maps of T: of the same type, except for the 16-bit types of csrc/cuda/element.h.
@@ -81,13 +87,30 @@ struct SeparableParams {
   Activation activation, pointwise_activation;
   Rows rows = Rows::kDepthwise;  // in_channels counts those of h; only a depthwise stage has an activation and packed
                                  // weights of its own
-  int64_t kernel = 3;  // taps in a row and in a column; other than 3 in kDepthwiseMap alone, which has dilation 1
+  int64_t kernel = 3;  // taps in a row and in a column; other than 3 in kDepthwiseMap and kMaxPool, of dilation 1
   // In kPixels, factors [batch][in_channels] of x: what squeeze-and-excitation makes of the map that x is. Or null.
   const T* gate = nullptr;
   // A map of the shape of y that is added to it at the end; in channels_last, not for patches, and it does not overlap
   // y.
   const T* residual = nullptr;
+  // In channels_last, elements between neighbouring pixels of x, y and residual where those are some channels of maps
+  // that have more; 0: as many as they have channels.
+  int64_t x_pitch = 0, y_pitch = 0, residual_pitch = 0;
 };
+
+template <typename T>
+constexpr int64_t x_pitch_of(const SeparableParams<T>& p) {
+  const bool patches = p.rows == Rows::kPatches || p.rows == Rows::kPatchesOfNchw;
+  return p.x_pitch != 0 ? p.x_pitch : patches ? p.in_channels / 9 : p.in_channels;
+}
+template <typename T>
+constexpr int64_t y_pitch_of(const SeparableParams<T>& p) {
+  return p.y_pitch != 0 ? p.y_pitch : p.out_channels;
+}
+template <typename T>
+constexpr int64_t residual_pitch_of(const SeparableParams<T>& p) {
+  return p.residual_pitch != 0 ? p.residual_pitch : p.out_channels;
+}
 
 // Output pixels [begin, end) of an image; at least one and at most kMaxTilePixels. In channels_last the pixels of the
 // next image follow on those of this one, and a tile may run on into them.
@@ -143,6 +166,11 @@ struct SeparableKernels {
   int64_t line_channels;
   void (*depthwise_map)(const SeparableParams<T>& params, int64_t row_begin, int64_t row_end, int64_t channel_begin,
                         int64_t channel_end, T* scratch);
+
+  // Rows::kSum and Rows::kInterleaved, for pixels [begin, end), counted on from image to image.
+  void (*combine)(const SeparableParams<T>& params, int64_t begin, int64_t end);
+  // Rows::kMaxPool, for output rows [row_begin, row_end), counted on from image to image.
+  void (*max_pool)(const SeparableParams<T>& params, int64_t row_begin, int64_t row_end);
 };
 
 }  // namespace fusedsep

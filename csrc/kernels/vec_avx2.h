@@ -55,6 +55,12 @@ struct Avx2F32 {
     return interleave(load(p, mask.low), load(p + 7, mask.high));
   }
 
+  FUSEDSEP_INLINE static void zip(Avx2F32 a, Avx2F32 b, Avx2F32& low, Avx2F32& high) {
+    const __m256 even = _mm256_unpacklo_ps(a.v, b.v), odd = _mm256_unpackhi_ps(a.v, b.v);  // within 128-bit halves
+    low.v = _mm256_permute2f128_ps(even, odd, 0x20);
+    high.v = _mm256_permute2f128_ps(even, odd, 0x31);
+  }
+
   FUSEDSEP_INLINE static Avx2F32 fma(Avx2F32 a, Avx2F32 b, Avx2F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   FUSEDSEP_INLINE static Avx2F32 add(Avx2F32 a, Avx2F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
   FUSEDSEP_INLINE static Avx2F32 sub(Avx2F32 a, Avx2F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
@@ -139,6 +145,12 @@ struct Avx2F64 {
   }
   FUSEDSEP_INLINE static Avx2F64 load_even(const double* p, EvenMask mask) {
     return interleave(load(p, mask.low), load(p + 3, mask.high));
+  }
+
+  FUSEDSEP_INLINE static void zip(Avx2F64 a, Avx2F64 b, Avx2F64& low, Avx2F64& high) {
+    const __m256d even = _mm256_unpacklo_pd(a.v, b.v), odd = _mm256_unpackhi_pd(a.v, b.v);
+    low.v = _mm256_permute2f128_pd(even, odd, 0x20);
+    high.v = _mm256_permute2f128_pd(even, odd, 0x31);
   }
 
   FUSEDSEP_INLINE static Avx2F64 fma(Avx2F64 a, Avx2F64 b, Avx2F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }

@@ -49,6 +49,12 @@ struct Avx512F32 {
     return interleave(load(p, mask.low), load(p + 15, mask.high));
   }
 
+  FUSEDSEP_INLINE static void zip(Avx512F32 a, Avx512F32 b, Avx512F32& low, Avx512F32& high) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    low.v = _mm512_permutex2var_ps(a.v, first, b.v);
+    high.v = _mm512_permutex2var_ps(a.v, _mm512_add_epi32(first, _mm512_set1_epi32(8)), b.v);
+  }
+
   FUSEDSEP_INLINE static Avx512F32 fma(Avx512F32 a, Avx512F32 b, Avx512F32 c) {
     return {_mm512_fmadd_ps(a.v, b.v, c.v)};
   }
@@ -138,6 +144,11 @@ struct Avx512F64 {
   }
   FUSEDSEP_INLINE static Avx512F64 load_even(const double* p, EvenMask mask) {
     return interleave(load(p, mask.low), load(p + 7, mask.high));
+  }
+
+  FUSEDSEP_INLINE static void zip(Avx512F64 a, Avx512F64 b, Avx512F64& low, Avx512F64& high) {
+    low.v = _mm512_permutex2var_pd(a.v, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), b.v);
+    high.v = _mm512_permutex2var_pd(a.v, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), b.v);
   }
 
   FUSEDSEP_INLINE static Avx512F64 fma(Avx512F64 a, Avx512F64 b, Avx512F64 c) {

@@ -91,6 +91,17 @@ struct PortableVec {
     return load(lanes);
   }
 
+  // a[0], b[0], a[1], b[1] ...
+  static void zip(const PortableVec& a, const PortableVec& b, PortableVec& low, PortableVec& high) {
+    T lanes[2 * kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      lanes[2 * i] = a.part[i / kPartLanes][i % kPartLanes];
+      lanes[2 * i + 1] = b.part[i / kPartLanes][i % kPartLanes];
+    }
+    low = load(lanes);
+    high = load(lanes + kLanes);
+  }
+
   // a * b + c. Contracted to one instruction where the target has one.
   FUSEDSEP_INLINE static PortableVec fma(const PortableVec& a, const PortableVec& b, const PortableVec& c) {
     return each([&](int i) { return a.part[i] * b.part[i] + c.part[i]; });

@@ -45,7 +45,7 @@ class Part:
 
 
 def parts_of(frozen: nn.Module, x: torch.Tensor) -> list[Part]:
-    """The parts in the order in which ``frozen(x)`` runs them; other layers are left out."""
+    """The parts in the order in which ``frozen(x)`` runs them; layers without weights and others are left out."""
     parts: list[Part] = []
 
     def noting(method: Callable[..., torch.Tensor], make: Callable[..., Part]) -> Callable[..., torch.Tensor]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Finding layers that follow on each other in a model, to run them as one call in eval mode."""
+"""Finding layers of a model whose maps nobody else reads, to run them as one call in eval mode."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Outline:
         runs: list[Run] = []
         covered: set[fx.Node] = set()
         for node in graph.nodes:
-            run = None if node in covered else Run(node, self._modules)
+            run = None if node in covered else Run(node, self._modules, covered)
             if run is not None and run.is_worthwhile:
                 runs.append(run)
                 covered.update(run.nodes)
@@ -95,13 +95,11 @@ class Outline:
         if not self._runs or (frozen is not None and not all(run.site_keys <= frozen.keys() for run in self._runs)):
             return
         for index, run in enumerate(self._runs):
-            chain = LayerChain(
-                f"chain_{index}", run.elements(frozen), [step.residual for step in run.steps], frozen is not None
-            )
+            chain = LayerChain(f"chain_{index}", run.elements(frozen), run.links(), frozen is not None)
             nodes = run.nodes
             with self._graph.inserting_before(nodes[0]):
                 call = self._graph.call_function(chain, (input_of(nodes[0]),))
-            run.last.replace_all_uses_with(call)
+            nodes[-1].replace_all_uses_with(call)
             for node in reversed(nodes):
                 self._graph.erase_node(node)
         present = set(self._root.modules())

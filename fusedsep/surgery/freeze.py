@@ -50,9 +50,9 @@ def freeze(model: nn.Module) -> nn.Module:
     """Make a copy of ``model`` for deployment: eval mode for good, BN folded into weights, nothing left to train.
 
     Equivalent to ``copy.deepcopy(model).eval().requires_grad_(False)``, with each site of :func:`fusedsep.fuse` as one
-    module of constants. Layers that each read what the one before gives run as one call: 3x3 and 1x1 convolutions,
-    sites, global average pool and classifier. The merged modules are dropped, so the copy's ``state_dict`` is its own.
-    A site with a hook in it, and one with a module that something else uses too, stays fused but not folded.
+    module of constants. Layers whose maps nobody else reads run as one call: convolutions, sites, what joins their
+    branches, global average pool and classifier. The merged modules are dropped, so the copy's ``state_dict`` is its
+    own. A site with a hook in it, and one with a module that something else uses too, stays fused but not folded.
 
     Args:
         model: any module, fused or not; it is not changed.

@@ -20,7 +20,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Equivalent to ``copy.deepcopy(model)``: the outputs, the modules, their names, parameters, buffers, hooks and the
     ``state_dict`` are the same. Only the forwards that hold a site (depthwise 3x3, BN, activation, pointwise 1x1, BN,
     activation) are regenerated, once for training and once for eval mode, as the two may differ, and for eval mode
-    that of the model as a whole, in which layers that follow on each other run as one call; for training mode also
+    that of the model as a whole, in which layers whose maps nobody else reads run as one call; for training mode also
     those of the other pointwise 1x1 and depthwise convolutions with a BN, and of the 3x3 convolution of the images.
     Where a call is not what was found at fusing time (a replaced child, a hook in between, an unusual argument) the
     original forward runs. After editing a fused model, fuse it again.

@@ -22,6 +22,7 @@ from .._separable import SeparableConv
 from .batch_norms import is_plain_batch_norm
 from .dropouts import is_dropout
 from .helpers import Helper
+from .settings import is_constant, is_setting, names_read_by
 from .sites import Chain, ConvolutionChain, find_chains, input_of
 from .tracing import CallForm, Tracer, Untraceable, signature_of
 
@@ -183,7 +184,7 @@ class Program:
             (module, name, copy.deepcopy(value) if isinstance(value, (list, set, dict)) else value)
             for module in {owner, *self.bypassed, *norms} - (set() if owner.training else dropouts)
             for name, value in vars(module).items()
-            if name != "training" and name in _names_read_by(module) and _is_setting(value)
+            if name != "training" and name in names_read_by(module) and is_setting(value)
         ]
         self.slots = _slots(owner, parts | inlined)
         self._prepare()
@@ -259,7 +260,7 @@ class Program:
         kept = [*map(vars, modules), *(parent._modules for parent, _, _ in self.slots)]
         for module, _ in self.kinds:
             kept += [vars(module), *(vars(module)[name] for name in HOOKS)]
-        mutable = [(vars(module), name, value) for module, name, value in self.settings if not _is_constant(value)]
+        mutable = [(vars(module), name, value) for module, name, value in self.settings if not is_constant(value)]
         others = ((), (), tuple(itertools.chain(*mutable)), (), (), tuple(itertools.chain(*self.kinds)))
         return tuple({id(each): each for each in kept}.values()), others
 
@@ -297,44 +298,6 @@ def _runs_another_forward(module: nn.Module) -> bool:
 def _steps_of_forward(module: nn.Module) -> tuple[str, ...]:
     """What somebody may put on ``module`` itself to have it run other Python."""
     return ("forward", "_conv_forward") if isinstance(module, nn.Conv2d) else ("forward",)
-
-
-_PLAIN_TYPES = (bool, int, float, str, type(None))
-
-
-def _is_setting(value: Any) -> bool:
-    """Whether a forward that reads ``value`` can be told by comparison that it has changed."""
-    return isinstance(value, tuple) or _is_plain(value)
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple, set)):
-        return all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return all(map(_is_plain, [*value, *value.values()]))
-    return isinstance(value, _PLAIN_TYPES)
-
-
-def _is_constant(value: Any) -> bool:
-    """Whether nobody can change ``value`` itself."""
-    return isinstance(value, _PLAIN_TYPES) or (isinstance(value, tuple) and all(map(_is_constant, value)))
-
-
-def _names_read_by(module: nn.Module) -> set[str]:
-    names: set[str] = set()
-    for base in type(module).__mro__:
-        if base in (nn.Module, object):
-            continue
-        for attribute, value in vars(base).items():
-            if attribute != "__init__" and hasattr(value, "__code__"):
-                names.update(_names_in(value.__code__))
-    return names
-
-
-def _names_in(code: types.CodeType) -> set[str]:
-    return set(code.co_names).union(
-        *(_names_in(inner) for inner in code.co_consts if isinstance(inner, types.CodeType))
-    )
 
 
 def _slots(owner: nn.Module, modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:

@@ -1,82 +1,60 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which nodes of a graph form a chain: layers that each read what the one before gives, and additions of such maps."""
+"""Which nodes of a graph form a chain: layers, and what becomes of their maps until the next one reads them."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import fx
 
+from .._chain import INPUT, Link, Part
 from .._chain_elements import Classifier, Convolution, Element, FrozenSite, GatedConvolution, Site
+from .._combinations import MaxPool
 from .._compat import is_patched_convolution, is_plain_convolution
-from .._frozen import FrozenSeparable
 from .._padding import NO_PADS, Pads, convolution_pads, pad_map, sum_of_pads
 from .activations import multiplies
 from .analysis import is_block
 from .convolutions import PaddingUnknown, read_padding
-from .dropouts import call_passes_on, passes_on
+from .flow import Flow, Frozen, Step
 from .gates import gate_behind
-from .heads import head_behind
+from .heads import head_behind, rank_of_pooled
+from .maps import Maps, channels_of
 from .program import FusedSite
 from .sites import input_of, is_depthwise_map, is_plain_pointwise, is_whole_convolution, zero_pads
 from .tails import only_reader, tail_behind
 
-_ADD = {operator.add, torch.add, "add"}
-_ADD_IN_PLACE = {operator.iadd, "add_"}
 
-#: What became of the sites of a frozen model, by depthwise convolution or block; ``None`` in a model that is fused.
-Frozen = dict[nn.Module, FrozenSeparable] | None
-#: Makes an element.
-Maker = Callable[[Frozen], Element]
-
-
-class Step(NamedTuple):
-    """One element of a run.
-
-    Attributes:
-        make: makes it.
-        nodes: what it covers; the last one gives its map.
-        names: the nodes that hand that map on as it is.
-        site: what stands for it in a dictionary of frozen sites, if it is one.
-        residual: the number of the map that is added to its own, or -1.
-        is_depthwise: whether it is a depthwise convolution by itself.
-    """
-
-    make: Maker
-    nodes: list[fx.Node]
-    names: list[fx.Node]
-    site: nn.Module | None = None
-    residual: int = -1
-    is_depthwise: bool = False
-
-
-class Run:
+class Run(Flow):
     """The longest chain from ``start`` on; it may have no steps.
 
-    Map 0 is what the first step reads, map i what step i - 1 gives. All but these two are read by nobody else.
+    Nodes that only take channels of maps, or put maps side by side, are no steps: what is read and written says where
+    those lie. Nobody else reads a map inside.
+
+    Args:
+        start: the first node that it covers.
+        others: nodes that are not its own.
     """
 
-    def __init__(self, start: fx.Node, modules: dict[str, nn.Module]) -> None:
-        self._modules = modules
-        self.steps: list[Step] = []
-        self._numbers: dict[fx.Node, int] = {}  # of maps, by each of their names
-        self._reads_images = False
+    def __init__(self, start: fx.Node, modules: dict[str, nn.Module], others: set[fx.Node]) -> None:
+        super().__init__(modules)
         source = input_of(start)
         if source is None or not self._take_layer(start, source):
+            self.steps = []
             return
-        self._numbers[source] = 0
-        closed: list[Step] = []
-        while True:
-            if self._is_closed():
-                closed = list(self.steps)
-            if not self._extend():
-                break
-        self.steps = closed
+        closed, work = self._closed() or ([], self._maps, [], []), self._work
+        node = start.next
+        while node.op != "root":
+            read = [] if node in self._nodes else [each for each in node.all_input_nodes if self._is_known(each)]
+            if read and (node in others or not self._take(node)):
+                if any(part.map != INPUT for each in read for part in self._all_parts(each)):
+                    break
+            elif read and self._work > work and (ended := self._closed()) is not None:
+                closed, work = ended, self._work
+            node = node.next
+        self.steps, self._maps, self._nodes, self._views = closed
 
     @property
     def is_worthwhile(self) -> bool:
@@ -85,14 +63,8 @@ class Run:
 
     @property
     def nodes(self) -> list[fx.Node]:
-        """All that it covers, in their order."""
-        inner = [name for step in self.steps[:-1] for name in step.names]
-        return sorted([*inner, *(node for step in self.steps for node in step.nodes)])
-
-    @property
-    def last(self) -> fx.Node:
-        """The node that gives its output."""
-        return self.steps[-1].nodes[-1]
+        """All that it covers, in their order; the last one gives its output."""
+        return self._nodes
 
     @property
     def site_calls(self) -> list[fx.Node]:
@@ -107,90 +79,88 @@ class Run:
     def elements(self, frozen: Frozen) -> list[Element]:
         """What it consists of."""
         elements = [step.make(frozen) for step in self.steps]
-        for step, element in zip(self.steps[:-1], elements, strict=False):
-            element.modules = [*element.modules, *self._modules_of(step.names)]
+        elements[0].modules = [*elements[0].modules, *self._modules_of(self._views)]
         return elements
 
-    def _is_closed(self) -> bool:
-        """Whether nobody else reads its inner maps, or may change its input before that is added to another map."""
-        nodes = self.nodes
-        covered = set(nodes)
-        if any(not covered.issuperset(node.users) for node in covered if node is not self.last):
-            return False
-        if not any(step.residual == 0 for step in self.steps):
+    def links(self) -> list[Link]:
+        """What each of its elements reads and writes."""
+        written = [self._maps.found(self._own(number)) for number in range(1, len(self.steps) + 1)]
+        owners = {INPUT: INPUT}  # the first element that writes a map
+        for number, part in enumerate(written, 1):
+            owners.setdefault(part.map, number)
+
+        def numbered(part: Part | None) -> Part | None:
+            if part is None:
+                return None
+            found = self._maps.found(part)
+            return found._replace(map=owners[found.map])
+
+        return [
+            Link(numbered(step.input), numbered(part), numbered(step.residual))
+            for step, part in zip(self.steps, written, strict=True)
+        ]
+
+    def _closed(self) -> tuple[list[Step], Maps, list[fx.Node], list[fx.Node]] | None:
+        """Its steps, maps, nodes and views if it may end here.
+
+        Nobody else reads its inner maps, its last node gives all of a map, and nobody changes its input before that is
+        read again.
+        """
+        last = self._nodes[-1]
+        own = set(self._nodes)
+        # Views of the input may have other readers: they stay where they are.
+        views = [node for node in self._views if all(part.map == INPUT for part in self._all_parts(node))]
+        left: set[fx.Node] = set()
+        for node in reversed(views):
+            if not (own - left).issuperset(node.users):
+                left.add(node)
+        own -= left
+        if any(not own.issuperset(node.users) for node in own if node is not last):
+            return None
+        steps, maps = list(self.steps), self._maps
+        self._maps = maps.copy()
+        output = self._gathered(self._values[last]) if last in self._values else self._own(len(steps))
+        is_last = output is not None and self._maps.found(self._own(len(self.steps))).map == output.map
+        ended, self.steps, self._maps = (list(self.steps), self._maps), steps, maps
+        nodes = sorted(own)
+        if not is_last or not ended[1].is_whole(output) or nodes[-1] is not last:
+            return None
+        return (*ended, nodes, [node for node in self._views if node in own]) if self._is_kept(own | left) else None
+
+    def _is_kept(self, known: set[fx.Node]) -> bool:
+        """Whether nobody may change the input between the first and the last read of it."""
+        read = [part for step in self.steps for part in (step.input, step.residual) if part is not None]
+        if sum(self._maps.found(part).map == INPUT for part in read) < 2:
             return True
+        nodes = sorted(known)
         node = nodes[0]
         while node is not nodes[-1]:
             node = node.next
-            if node not in covered and node.op != "get_attr":
+            if node not in known and node.op != "get_attr":
                 return False
         return True
 
-    def _extend(self) -> bool:
-        """Take the next step, or an addition to the last one, if there is one."""
-        step = self.steps[-1]
-        names = [step.nodes[-1], *step.names]
-        for reader in sorted({reader for name in names for reader in name.users if reader not in step.names}):
-            source = input_of(reader)
-            if source is not None and (self._take_addition(reader) or self._take_layer(reader, source)):
-                return True
-        if self._take_gate(names):
+    def _take(self, node: fx.Node) -> bool:
+        """Take ``node``, which reads maps, and what belongs to it."""
+        if self._take_view(node) or self._take_addition(node):
             return True
-        head = head_behind(names[-1], self._channels, self._modules)
-        if head is None:
+        source = input_of(node)
+        if source not in self._values:
             return False
-        classifier = Classifier(head.products, head.is_map, self._modules_of(head.nodes))
-        return self._take(lambda frozen: classifier, head.nodes, 0)
+        if self._take_layer(node, source) or self._take_shuffle(node, source) or self._take_pool(node, source):
+            return True
+        return rank_of_pooled(node, self._modules) is not None and (
+            self._take_gate(node, source) or self._take_head(source)
+        )
 
-    def _take(
-        self,
-        make: Maker,
-        nodes: list[fx.Node],
-        channels: int,
-        site: nn.Module | None = None,
-        is_depthwise: bool = False,
-    ) -> bool:
-        self._channels = channels
-        names = self._name([nodes[-1]])
-        self.steps.append(Step(make, nodes, names, site, is_depthwise=is_depthwise))
-        self._number(len(self.steps), nodes[-1], names)
-        return True
-
-    def _name(self, nodes: list[fx.Node]) -> list[fx.Node]:
-        """The nodes that hand on what ``nodes`` give."""
-        names: list[fx.Node] = []
-        for node in nodes:
-            names += [reader for reader in node.users if reader.all_input_nodes == [node] and self._passes_on(reader)]
-        return [*names, *self._name(names)] if names else []
-
-    def _number(self, number: int, node: fx.Node, names: list[fx.Node]) -> None:
-        self._numbers.update(dict.fromkeys([node, *names], number))
-
-    def _passes_on(self, node: fx.Node) -> bool:
-        module = self._module(node)
-        return call_passes_on(node) if module is None else passes_on(module)
-
-    def _module(self, node: fx.Node) -> nn.Module | None:
-        return self._modules[node.target] if node.op == "call_module" else None
-
-    def _modules_of(self, nodes: list[fx.Node]) -> list[nn.Module]:
-        return modules_of(nodes, self._modules)
-
-    def _take_addition(self, node: fx.Node) -> bool:
-        """``a + b`` of the last map and an earlier one, which becomes the last map."""
-        in_place = node.target in _ADD_IN_PLACE
-        step, own = self.steps[-1], len(self.steps)
-        if not (in_place or node.target in _ADD) or node.kwargs or len(node.args) != 2 or step.residual >= 0:
-            return False
-        numbers = [self._numbers.get(argument, -1) if isinstance(argument, fx.Node) else -1 for argument in node.args]
-        other = min(numbers)
-        # An input that is changed is not ours to keep, and one that is read as NCHW has no map to add.
-        if max(numbers) != own or other in (-1, own) or (other == 0 and (self._reads_images or in_place)):
-            return False
-        names = self._name([node])
-        self.steps[-1] = step._replace(nodes=[*step.nodes, *step.names, node], names=names, residual=other)
-        self._number(own, node, names)
-        return True
+    def _input_for(self, source: fx.Node, channels: int) -> Part | None:
+        """What ``source`` gives, for a layer that takes ``channels``."""
+        if not self.steps:
+            part = self._maps.add(INPUT, channels)
+            self._values[source] = (part,)
+            return part
+        part = self._readable(source)
+        return part if part is not None and part.channels == channels else None
 
     def _take_layer(self, node: fx.Node, source: fx.Node) -> bool:
         """A site, or a convolution, with what follows it."""
@@ -211,7 +181,11 @@ class Run:
                 return Site(separable, site, (site.dw, site.bn1, site.pw, site.bn2), modules)
             return FrozenSite(frozen[key], [frozen[key]])
 
-        return self._take(make, [node], site.pw.out_channels, key)
+        read = self._input_for(source, site.dw.in_channels)
+        if read is None:
+            return False
+        self._add_step(make, [node], read, site.pw.out_channels, site=key)
+        return True
 
     def _take_whole_convolution(self, node: fx.Node) -> bool:
         """A 3x3 convolution of few channels, behind nodes that put zeros around its map."""
@@ -231,37 +205,74 @@ class Run:
             pads = sum_of_pads(pads, more)
         return self._take_convolution(nodes, conv, pads)
 
-    def _take_gate(self, names: list[fx.Node]) -> bool:
-        """Squeeze-and-excitation of the last map, which goes by ``names``, and the 1x1 convolution behind it."""
-        readers = sorted({reader for name in names for reader in name.users if reader not in names})
-        if len(readers) != 2:
+    def _take_pool(self, node: fx.Node, source: fx.Node) -> bool:
+        """A max pool of few pixels."""
+        module = self._module(node)
+        if module is None or type(module).forward is not nn.MaxPool2d.forward or "forward" in vars(module):
             return False
-        for pool, product in (readers, readers[::-1]):
-            gate = gate_behind(pool, self._channels, self._modules)
-            if gate is not None and list(gate.nodes[-1].users) == [product]:
-                break
-        else:
+        sizes = [
+            size if isinstance(size, tuple) else (size, size)
+            for size in (module.kernel_size, module.stride, module.padding)
+        ]
+        kernel, stride, padding = (size[0] for size in sizes)
+        plain = module.dilation in (1, (1, 1)) and not module.ceil_mode and not module.return_indices
+        if not plain or any(a != b for a, b in sizes) or kernel not in (2, 3) or stride > 2:
             return False
+        read = self._readable(source)
+        if read is None:
+            return False
+        pool = MaxPool(read.channels, kernel, stride, padding, [module])
+        self._add_step(lambda frozen: pool, [node], read, read.channels, adds=False)
+        return True
+
+    def _take_gate(self, pool: fx.Node, source: fx.Node) -> bool:
+        """Squeeze-and-excitation of the map that ``pool`` reads, and the 1x1 convolution behind it."""
+        value = self._maps.joined([self._values[source]])
+        gate = gate_behind(pool, channels_of(value), self._modules)
+        product = None if gate is None or len(gate.nodes[-1].users) != 1 else next(iter(gate.nodes[-1].users))
+        if product is None:
+            return False
+        names = [name for name in product.all_input_nodes if name in self._values]
+        names = [name for name in names if self._maps.joined([self._values[name]]) == value]
         if not any(multiplies(product, name, gate.nodes[-1]) for name in names):
             return False
-        inner = [*gate.nodes, *sorted([product, *self._name([product])])]
+        inner = [*gate.nodes, product, *self._passed_on(product)]
         reader = only_reader(inner[-1])
         conv = None if reader is None else self._module(reader)
-        if not is_plain_pointwise(conv) or conv.in_channels != self._channels:
+        if not is_plain_pointwise(conv) or conv.in_channels != channels_of(value):
+            return False
+        read = self._readable(source)
+        if read is None:
             return False
         project, nodes = self._read_convolution([reader], conv, NO_PADS, NO_PADS)
         element = GatedConvolution(
             gate.reduce, gate.activation, gate.expand, gate.gate_activation, project, self._modules_of(inner)
         )
-        return self._take(lambda frozen: element, [*inner, *nodes], conv.out_channels)
+        self._add_step(lambda frozen: element, [*inner, *nodes], read, conv.out_channels)
+        return True
+
+    def _take_head(self, source: fx.Node) -> bool:
+        """The mean of each map, and products of these, which end a chain."""
+        head = head_behind(source, channels_of(self._values[source]), self._modules)
+        read = None if head is None else self._readable(source)
+        if read is None:
+            return False
+        classifier = Classifier(head.products, head.is_map, self._modules_of(head.nodes))
+        self._add_step(lambda frozen: classifier, head.nodes, read, head.products[-1].layer.weight.shape[0])
+        del self._values[head.nodes[-1]]
+        return True
 
     def _take_convolution(self, nodes: list[fx.Node], conv: nn.Conv2d, pads: Pads | str) -> bool:
         own = own_pads(conv)
         if own is None or ("same" in (pads, own) and NO_PADS not in (pads, own)):
             return False
+        read = self._input_for(input_of(nodes[0]), conv.in_channels)
+        if read is None:
+            return False
         element, nodes = self._read_convolution(nodes, conv, pads, own)
         self._reads_images |= not self.steps and element.reads_images
-        return self._take(lambda frozen: element, nodes, conv.out_channels, is_depthwise=element.is_depthwise)
+        self._add_step(lambda frozen: element, nodes, read, conv.out_channels, is_depthwise=element.is_depthwise)
+        return True
 
     def _read_convolution(
         self, nodes: list[fx.Node], conv: nn.Conv2d, pads: Pads | str, own: Pads | str
@@ -282,17 +293,6 @@ def own_pads(conv: nn.Conv2d) -> Pads | Literal["same"] | None:
         return read_padding(conv, gradients=False)  # chains have none
     except PaddingUnknown:
         return None
-
-
-def modules_of(nodes: list[fx.Node], modules: dict[str, nn.Module]) -> list[nn.Module]:
-    """The modules that ``nodes`` call, with those inside them."""
-    return [
-        part
-        for node in nodes
-        if node.op == "call_module"
-        for name, part in modules[node.target].named_modules()
-        if not name.startswith("parametrizations")
-    ]
 
 
 def _may_pad(node: fx.Node, module: nn.Module | None) -> bool:

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the nodes of a graph give, in terms of the maps that the steps of a chain write."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import fx
+
+from .._chain import INPUT, Part
+from .._chain_elements import Element
+from .._combinations import Combination
+from .._frozen import FrozenSeparable
+from .dropouts import call_passes_on, passes_on
+from .maps import Maps, Value, channels_of, cut
+from .tails import only_reader
+from .views import joined_by, sections_of, shuffle_of, slice_of
+
+_ADD = {operator.add, torch.add, "add"}
+_ADD_IN_PLACE = {operator.iadd, "add_"}
+
+#: What became of the sites of a frozen model, by depthwise convolution or block; ``None`` in a model that is fused.
+Frozen = dict[nn.Module, FrozenSeparable] | None
+#: Makes an element.
+Maker = Callable[[Frozen], Element]
+
+
+class Step(NamedTuple):
+    """One element of a run.
+
+    Attributes:
+        make: makes it.
+        nodes: what it covers; the last one gives its map.
+        channels: of its map.
+        input: what it reads.
+        residual: what is added to its map, or combined with it.
+        site: what stands for it in a dictionary of frozen sites, if it is one.
+        is_depthwise: whether it is a depthwise convolution by itself.
+        adds: whether an addition may become a part of it.
+    """
+
+    make: Maker
+    nodes: list[fx.Node]
+    channels: int
+    input: Part
+    residual: Part | None = None
+    site: nn.Module | None = None
+    is_depthwise: bool = False
+    adds: bool = True
+
+
+class Flow:
+    """Steps, and the nodes that only take channels of their maps, put maps side by side, add or shuffle them."""
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        self._modules = modules
+        self.steps: list[Step] = []
+        self._maps = Maps()
+        self._values: dict[fx.Node, Value] = {}
+        self._sections: dict[fx.Node, list[Value]] = {}  # what a node gives that cuts a map into several
+        self._nodes: list[fx.Node] = []
+        self._views: list[fx.Node] = []  # those of its nodes that belong to no step
+        self._reads_images = False  # as they lie in NCHW, which nobody else can
+        self._work = 0  # steps and additions
+
+    def _is_known(self, node: fx.Node) -> bool:
+        return node in self._values or node in self._sections
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self._modules[node.target] if node.op == "call_module" else None
+
+    def _modules_of(self, nodes: list[fx.Node]) -> list[nn.Module]:
+        """The modules that ``nodes`` call, with those inside them."""
+        called = [self._modules[node.target] for node in nodes if node.op == "call_module"]
+        return [
+            part
+            for module in called
+            for name, part in module.named_modules()
+            if not name.startswith("parametrizations")
+        ]
+
+    def _passes_on(self, node: fx.Node) -> bool:
+        module = self._module(node)
+        return call_passes_on(node) if module is None else passes_on(module)
+
+    def _passed_on(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that hand on what ``node`` gives, one after the other."""
+        names: list[fx.Node] = []
+        while (reader := only_reader(node)) is not None and self._passes_on(reader):
+            names.append(reader)
+            node = reader
+        return names
+
+    def _own(self, number: int) -> Part:
+        """The map of a step, as that step wrote it."""
+        return Part(number, 0, self.steps[number - 1].channels)
+
+    def _all_parts(self, node: fx.Node) -> list[Part]:
+        """What ``node`` gives."""
+        values = self._sections[node] if node in self._sections else [self._values[node]]
+        return [self._maps.found(part) for value in values for part in value]
+
+    def _add_step(
+        self,
+        make: Maker,
+        nodes: list[fx.Node],
+        read: Part,
+        channels: int,
+        residual: Part | None = None,
+        **kinds: Any,
+    ) -> Part:
+        self.steps.append(Step(make, nodes, channels, read, residual, **kinds))
+        own = self._maps.add(len(self.steps), channels)
+        self._work += 1
+        self._nodes += nodes
+        if nodes:
+            self._values[nodes[-1]] = (own,)
+        return own
+
+    def _combine(self, a: Part, b: Part | None, nodes: list[fx.Node], interleaved: bool = False) -> Part:
+        """A step that adds or interleaves two maps, or copies one."""
+        element = Combination(a.channels, interleaved)
+        return self._add_step(lambda frozen: element, nodes, a, element.out_channels, b, adds=False)
+
+    def _gathered(self, value: Value) -> Part | None:
+        """``value`` as channels of one map: written there, or copied where it is read elsewhere too."""
+        parts = self._maps.joined([value])
+        if len(parts) == 1:
+            return parts[0]
+        if self._reads_images and any(part.map == INPUT for part in parts):
+            return None
+        placed: list[Part] = []
+        for part in parts:
+            free = self._maps.is_whole(part) and part not in placed
+            placed.append(part if free else self._combine(part, None, []))
+        return self._maps.place(tuple(placed))
+
+    def _readable(self, node: fx.Node) -> Part | None:
+        """What ``node`` gives, as channels of one map that a layer may read."""
+        part = self._gathered(self._values[node])
+        return None if part is None or (self._reads_images and part.map == INPUT) else part
+
+    def _take_view(self, node: fx.Node) -> bool:
+        """Channels of maps, or maps side by side; or one that is handed on as it is."""
+        value: Value | None = None
+        joined = joined_by(node)
+        if joined is not None:
+            if all(each in self._values for each in joined):
+                value = self._maps.joined(self._values[each] for each in joined)
+        elif len(node.all_input_nodes) == 1:
+            source = node.all_input_nodes[0]
+            if source in self._sections:
+                values = self._sections[source]
+                if node.target is operator.getitem and isinstance(node.args[1], int) and node.args[1] < len(values):
+                    value = values[node.args[1]]
+            else:
+                value = self._view_of(node, self._values[source])
+        if value is None and node not in self._sections:
+            return False
+        if value is not None:
+            self._values[node] = value
+        self._nodes.append(node)
+        self._views.append(node)
+        return True
+
+    def _view_of(self, node: fx.Node, whole: Value) -> Value | None:
+        sections = sections_of(node, channels_of(whole))
+        if sections is not None:
+            self._sections[node] = [cut(whole, *section) for section in sections]
+            return None
+        sliced = slice_of(node, channels_of(whole))
+        if sliced is not None:
+            return cut(whole, *sliced)
+        return whole if self._passes_on(node) else None
+
+    def _take_addition(self, node: fx.Node) -> bool:
+        """``a + b`` of two maps: a part of the step that gives the later one, if nobody else reads that."""
+        in_place = node.target in _ADD_IN_PLACE
+        if not (in_place or node.target in _ADD) or node.kwargs or len(node.args) != 2:
+            return False
+        if not all(isinstance(argument, fx.Node) and argument in self._values for argument in node.args):
+            return False
+        if in_place and not self._may_change(node.args[0], node):
+            return False
+        maps = [self._readable(argument) for argument in node.args]
+        if None in maps or maps[0].channels != maps[1].channels:
+            return False
+        for own, other in sorted((maps, maps[::-1]), key=lambda pair: -pair[0].map):
+            if self._fold(own, other, node):
+                return True
+        self._combine(maps[0], maps[1], [node])
+        return True
+
+    def _fold(self, own: Part, other: Part, node: fx.Node) -> bool:
+        """Make the addition ``node`` a part of the step that writes ``own``."""
+        number = own.map
+        if number < 1 or not self._maps.is_whole(own) or not self._is_there_before(other, number):
+            return False
+        step = self.steps[number - 1]
+        parts = self._maps.joined
+        names = [name for name, value in self._values.items() if any(part.map == number for part in parts([value]))]
+        if not step.adds or step.residual is not None or any(set(name.users) - {*names, node} for name in names):
+            return False
+        self.steps[number - 1] = step._replace(residual=other)
+        self._work += 1
+        self._nodes.append(node)
+        self._views.append(node)
+        self._values[node] = (own,)  # as the names do, which nobody reads any more
+        return True
+
+    def _is_there_before(self, part: Part, number: int) -> bool:
+        """Whether ``part`` is written before step ``number`` runs."""
+        writers = [i for i in range(1, len(self.steps) + 1) if self._maps.found(self._own(i)).map == part.map]
+        return all(writer < number for writer in writers)
+
+    def _may_change(self, written: fx.Node, node: fx.Node) -> bool:
+        """Whether ``node`` may write to the memory of what ``written`` gives: nobody reads that map afterwards."""
+        changed = {part.map for part in self._all_parts(written)}
+        if INPUT in changed:
+            return False
+        names = [*self._values, *self._sections]
+        names = [name for name in names if any(part.map in changed for part in self._all_parts(name))]
+        return all(user <= node for name in names for user in name.users)
+
+    def _take_shuffle(self, node: fx.Node, source: fx.Node) -> bool:
+        """A channel shuffle of two groups, however it is written."""
+        value = self._maps.joined([self._values[source]])
+        channels = channels_of(value)
+        names = {name for name, each in self._values.items() if self._maps.joined([each]) == value}
+        nodes = shuffle_of(node, names, channels, self._modules)
+        if nodes is None:
+            return False
+        half = channels // 2
+        a, b = (self._gathered(cut(value, *ends)) for ends in ((0, half), (half, channels)))
+        if a is None or b is None or (self._reads_images and INPUT in (a.map, b.map)):
+            return False
+        self._combine(a, b, nodes, interleaved=True)
+        return True
