@@ -420,6 +420,16 @@ def test_changes_of_inference_tensors_are_noticed():
         assert_same(frozen, model, x)
 
 
+def test_tensors_of_a_frozen_model_count_their_changes():
+    """Those made in inference mode do not, and every byte of them would be looked at at each call."""
+    model, _, x = frozen_and_input()
+    with torch.inference_mode():
+        inferred = copy.deepcopy(model)
+        for made in (fusedsep.freeze(model), fusedsep.freeze(inferred), fusedsep.freeze(fusedsep.fuse(inferred))):
+            assert not any(tensor.is_inference() for tensor in (*made.parameters(), *made.buffers()))
+            assert_same(made, model, x)
+
+
 def test_freezing_twice_and_fusing_what_is_frozen():
     _, frozen, x = frozen_and_input()
     expected = frozen(x)

@@ -7,6 +7,7 @@ import collections
 import copy
 from typing import Any, NoReturn
 
+import torch
 import torch.nn as nn
 
 from .._compat import has_hooks
@@ -65,6 +66,11 @@ def freeze(model: nn.Module) -> nn.Module:
         TypeError: ``model`` is not an ``nn.Module``, or is a ``torch.jit.ScriptModule``.
     """
     check_model(model)
+    with torch.inference_mode(False):  # tensors that count their changes, wherever this is called
+        return _frozen_copy(model)
+
+
+def _frozen_copy(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model).eval().requires_grad_(False)
     analysis = analyse(model, training=False)
     defuse(model)
