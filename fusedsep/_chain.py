@@ -71,7 +71,7 @@ class LayerChain:
         self._has_images = isinstance(elements[0], Convolution) and elements[0].reads_images
         self._sites = [element.frozen for element in elements if isinstance(element, FrozenSite)]
         self._packed = _kernel_path.PackedCache()
-        self._layers: dict[tuple[int, int, bool], list[int] | None] = {}
+        self._layers: dict[tuple[int, int, bool], str | None] = {}
         self._places: list[Place] | None = None
         self._flat_places: tuple[Any, ...] = ()
         self._found: tuple[Snapshot, tuple[torch.Tensor | None, ...]] | None = None
@@ -145,18 +145,18 @@ class LayerChain:
     def _tensors(self) -> list[torch.Tensor | None]:
         return [tensor for element in self.elements for tensor in tensors_at(element.places())]
 
-    def _layers_for(self, height: int, width: int, nchw: bool) -> list[int] | None:
-        """The numbers of the operator; ``None`` for a map that does not fit: the layers know more to say about it."""
+    def _layers_for(self, height: int, width: int, nchw: bool) -> str | None:
+        """What the operator runs; ``None`` for a map that does not fit: the layers know more to say about it."""
         key = height, width, nchw
         if key in (known := self._layers):
             return known[key]
         try:
-            numbers = [number for layer in self._linked_layers(height, width, nchw) for number in layer]
+            text = _ops.text_of(self._linked_layers(height, width, nchw))
         except ValueError:
-            numbers = None
+            text = None
         # A new dictionary in the place of a full one: other threads may be reading it.
-        self._layers = {**(known if len(known) < _SIZES_KEPT else {}), key: numbers}
-        return numbers
+        self._layers = {**(known if len(known) < _SIZES_KEPT else {}), key: text}
+        return text
 
     def _linked_layers(self, height: int, width: int, nchw: bool) -> list[ChainLayer]:
         """Raises ``ValueError`` where the maps do not fit each other, or the kernels."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -67,6 +68,16 @@ class ChainLayer(NamedTuple):
             output_size(height, self.pad_top, self.pad_bottom, self.stride, self.dilation, self.kernel),
             output_size(width, self.pad_left, self.pad_right, self.stride, self.dilation, self.kernel),
         )
+
+
+def text_of(layers: Iterable[ChainLayer]) -> str:
+    """As the chain operator reads them."""
+    return "\n".join(" ".join(map(str, layer)) for layer in layers)
+
+
+def layers_of(text: str) -> list[ChainLayer]:
+    """What :func:`text_of` was given."""
+    return [ChainLayer(*map(int, line.split())) for line in text.splitlines()]
 
 
 class ConvolutionOperands(NamedTuple):
@@ -190,11 +201,9 @@ def _(x, packed, out_channels, *others):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("fusedsep::chain")
 def _(x, packed, layers):  # type: ignore[no-untyped-def]
-    numbers = len(ChainLayer._fields)
     maps = [x]
     last = 0  # the map that the layer in front writes
-    for i in range(0, len(layers), numbers):
-        layer = ChainLayer(*layers[i : i + numbers])
+    for layer in layers_of(layers):
         x = maps[next((number for number in (layer.gated, layer.input) if number >= 0), last)]
         channels = layer.output_begin + layer.out_channels
         if layer.rows == MEANS:

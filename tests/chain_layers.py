@@ -93,9 +93,14 @@ class Layer:
 def arguments(layers, x):
     """What the operator takes."""
     packed = torch.cat([layer.packed(x.dtype) for layer in layers])
-    numbers = [number for layer in layers for number in layer.numbers]
+    text = _ops.text_of(layer.numbers for layer in layers)
     nchw = layers[0].numbers.rows == PATCHES_OF_NCHW
-    return x.contiguous(memory_format=torch.contiguous_format if nchw else torch.channels_last), packed, numbers
+    return x.contiguous(memory_format=torch.contiguous_format if nchw else torch.channels_last), packed, text
+
+
+def rows_of(calls):
+    """Of the layers of each recorded call of the operator."""
+    return [[layer.rows for layer in _ops.layers_of(text)] for _, _, text in calls]
 
 
 def run(layers, x):

@@ -136,11 +136,9 @@ def chain_calls(monkeypatch):
 @pytest.fixture
 def site_calls(monkeypatch):
     """The same, with an entry for each site that ran: by itself, or as a layer of a chain."""
-    width = len(_ops.ChainLayer._fields)
 
     def sites(arguments):
-        layers = [arguments[2][i : i + width] for i in range(0, len(arguments[2]), width)]
-        return [layer for layer in layers if layer[0] == _ops.DEPTHWISE]
+        return [layer for layer in _ops.layers_of(arguments[2]) if layer.rows == _ops.DEPTHWISE]
 
     return _record_calls(monkeypatch, "chain", _record_calls(monkeypatch, "separable_conv2d"), sites)
 

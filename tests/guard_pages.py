@@ -159,15 +159,15 @@ def check_chain(channels: int, size: int, dtype: torch.dtype) -> None:
     ]
     branching = [branching_network(width)[:length] for width in (5, 8, 12) for length in (6, 7, 9, 11, 15)]
     for part in (*parts, pair[:1], pair, *alone, excited_network(5), whole_network(5), *branching):
-        x, packed, numbers = arguments(part, torch.randn(2, part[0].channels, size, size + 1).to(dtype))
-        expected = _ops.chain(x, packed, numbers)
+        x, packed, text = arguments(part, torch.randn(2, part[0].channels, size, size + 1).to(dtype))
+        expected = _ops.chain(x, packed, text)
         for at_end in (True, False):
             if part[0].numbers.rows == PATCHES_OF_NCHW:
                 image = torch.from_numpy(guarded(x.numpy(), at_end))
             else:
                 image = torch.from_numpy(guarded(x.permute(0, 2, 3, 1).numpy(), at_end)).permute(0, 3, 1, 2)
             packed_there = torch.from_numpy(guarded(packed.numpy(), at_end))
-            assert torch.equal(_ops.chain(image, packed_there, numbers), expected)
+            assert torch.equal(_ops.chain(image, packed_there, text), expected)
 
 
 def main() -> None:

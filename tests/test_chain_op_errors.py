@@ -8,24 +8,24 @@ import torch
 from chain_layers import Layer, arguments, combined, depthwise_map, expand, gate, max_pool, network, run
 
 from fusedsep import _ops
-from fusedsep._ops import DEPTHWISE, INTERLEAVED, PATCHES, PATCHES_OF_NCHW, PIXELS, SUM, ChainLayer
+from fusedsep._ops import DEPTHWISE, INTERLEAVED, PATCHES, PATCHES_OF_NCHW, PIXELS, SUM
 
 
 def test_refuses_what_it_cannot_run():
     layers = network(PATCHES)
-    x, packed, numbers = arguments(layers, torch.randn(1, 3, 16, 16))
-    width = len(ChainLayer._fields)
+    x, packed, text = arguments(layers, torch.randn(1, 3, 16, 16))
 
     def changed(layer, **fields):
-        return changed_numbers(numbers, layer, **fields)
+        return changed_text(text, layer, **fields)
 
     for message, wrong in {
-        "multiple of 19 numbers, got 9": (x, packed, numbers[:9]),
-        "multiple of 19 numbers, got 0": (x, packed, []),
-        "packed must hold the weights of layer 4": (x, packed[:-1], numbers),
-        "and nothing else": (x, packed, numbers[:-width]),
-        "of the dtype of x": (x.double(), packed, numbers),
-        "contiguous in channels_last": (x.contiguous(), packed, numbers),
+        "multiple of 19 numbers, got 9": (x, packed, text[: 2 * 9]),
+        "multiple of 19 numbers, got 0": (x, packed, ""),
+        "layers must be numbers, got 'x 1'": (x, packed, text + "\nx 1"),
+        "packed must hold the weights of layer 4": (x, packed[:-1], text),
+        "and nothing else": (x, packed, text.rpartition("\n")[0]),
+        "of the dtype of x": (x.double(), packed, text),
+        "contiguous in channels_last": (x.contiguous(), packed, text),
         "only the first layer of a chain can read NCHW": (x, packed, changed(1, rows=PATCHES_OF_NCHW)),
         "rows must be from 0 to 8, got 9": (x, packed, changed(0, rows=9)),
         "stride must be from 1 to 2, got 3": (x, packed, changed(0, stride=3)),
@@ -47,18 +47,17 @@ def test_refuses_what_it_cannot_run():
         "layer 1 writes what another layer has written": (x, packed, changed(1, output=1, output_begin=7)),
         "must give the same height and width": (x, packed, changed(2, output=2, output_begin=17)),
         "must write all channels of the output": (x, packed, changed(4, output_begin=1)),
-        "x is too small": (x[:, :, :1, :1].contiguous(memory_format=torch.channels_last), packed, numbers),
-        "x must be a CPU tensor of shape": (x[0], packed, numbers),
+        "x is too small": (x[:, :, :1, :1].contiguous(memory_format=torch.channels_last), packed, text),
+        "x must be a CPU tensor of shape": (x[0], packed, text),
     }.items():
         with pytest.raises((RuntimeError, ValueError), match=message):
             _ops.chain(*wrong)
 
 
-def changed_numbers(numbers, layer, **fields):
-    width = len(ChainLayer._fields)
-    layers = [ChainLayer(*numbers[i : i + width]) for i in range(0, len(numbers), width)]
+def changed_text(text, layer, **fields):
+    layers = _ops.layers_of(text)
     layers[layer] = layers[layer]._replace(**fields)
-    return [number for layer in layers for number in layer]
+    return _ops.text_of(layers)
 
 
 def test_layers_without_weights_refuse_what_they_cannot_run():
@@ -82,10 +81,10 @@ def test_layers_without_weights_refuse_what_they_cannot_run():
 
 
 def test_gates_refuse_what_they_cannot_run():
-    x, packed, numbers = arguments(gate(8, 5, (1, 5), 0, 3), torch.randn(1, 8, 6, 6))
+    x, packed, text = arguments(gate(8, 5, (1, 5), 0, 3), torch.randn(1, 8, 6, 6))
 
     def changed(layer, **fields):
-        return changed_numbers(numbers, layer, **fields)
+        return changed_text(text, layer, **fields)
 
     for message, wrong in {
         "must give a factor for each of its channels": (x, packed, changed(2, gated=1)),
@@ -106,10 +105,10 @@ def test_gates_refuse_what_they_cannot_run():
 
 
 def test_depthwise_alone_refuses_what_it_cannot_run():
-    x, packed, numbers = arguments([depthwise_map(8, 5)], torch.randn(1, 8, 16, 16))
+    x, packed, text = arguments([depthwise_map(8, 5)], torch.randn(1, 8, 16, 16))
 
     def changed(**fields):
-        return list(ChainLayer(*numbers)._replace(**fields))
+        return changed_text(text, 0, **fields)
 
     for message, wrong in {
         "kernel must be from 3 to 7, got 9": (x, packed, changed(kernel=9)),

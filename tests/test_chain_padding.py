@@ -16,8 +16,8 @@ from randomize import randomized
 from zoo import assert_as_close_to_float64
 
 import fusedsep
-from fusedsep import reference
-from fusedsep._ops import DEPTHWISE, PATCHES_OF_NCHW, ChainLayer
+from fusedsep import _ops, reference
+from fusedsep._ops import DEPTHWISE, PATCHES_OF_NCHW
 from fusedsep._padding import SamePad
 
 
@@ -48,7 +48,7 @@ KEPT = {
 
 
 def first_layers(calls):
-    return [ChainLayer(*layers[: len(ChainLayer._fields)]) for _, _, layers in calls]
+    return [_ops.layers_of(text)[0] for _, _, text in calls]
 
 
 @pytest.mark.parametrize("name", ABSORBED)

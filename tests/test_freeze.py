@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from chain_layers import rows_of
 from copies import WAYS, copied
 from models import MobileNetV2, WithDefaults, chain, depthwise, pointwise
 from randomize import randomized
@@ -14,7 +15,7 @@ from zoo import FUSABLE, assert_as_close_to_float64, build, tensors_of
 
 import fusedsep
 from fusedsep._frozen import FrozenSeparable
-from fusedsep._ops import DEPTHWISE, ChainLayer
+from fusedsep._ops import DEPTHWISE
 
 #: Entries of FUSABLE in which sites share a convolution: those stay fused without being folded.
 SHARING = {"shared convolution": 0}
@@ -26,7 +27,7 @@ def frozen_sites(model):
 
 def sites_in(chain_calls):
     """How many sites ran in chains."""
-    return sum(layers[:: len(ChainLayer._fields)].count(DEPTHWISE) for _, _, layers in chain_calls)
+    return sum(rows.count(DEPTHWISE) for rows in rows_of(chain_calls))
 
 
 @pytest.mark.parametrize("name", FUSABLE)

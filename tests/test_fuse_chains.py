@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 import torch.nn as nn
+from chain_layers import rows_of
 from chain_models import HEADS, Plain, PoolFlatten
 from copies import WAYS, copied
 from randomize import randomized
@@ -17,13 +18,9 @@ from zoo import assert_as_close_to_float64
 
 import fusedsep
 from fusedsep import _C, reference
-from fusedsep._ops import DEPTHWISE, MEANS, PATCHES, PATCHES_OF_NCHW, PIXELS, ChainLayer
+from fusedsep._ops import DEPTHWISE, MEANS, PATCHES, PATCHES_OF_NCHW, PIXELS
 
 ALL = [PATCHES_OF_NCHW, DEPTHWISE, DEPTHWISE, DEPTHWISE, MEANS]
-
-
-def rows_of(calls):
-    return [layers[:: len(ChainLayer._fields)] for _, _, layers in calls]
 
 
 def fused_and_input():

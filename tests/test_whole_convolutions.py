@@ -6,12 +6,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn as nn
+from chain_layers import rows_of
 from chain_models import conv_bn_relu
 from randomize import randomized
 from zoo import assert_as_close_to_float64
 
 import fusedsep
-from fusedsep._ops import DEPTHWISE, MEANS, PATCHES, PATCHES_OF_NCHW, ChainLayer
+from fusedsep._ops import DEPTHWISE, MEANS, PATCHES, PATCHES_OF_NCHW
 
 
 class Whole(nn.Module):
@@ -29,10 +30,6 @@ class Whole(nn.Module):
     def forward(self, x):
         x = self.down(self.stem(x))
         return self.classifier(self.site(self.padded(x + self.block(x))).mean((2, 3)))
-
-
-def rows_of(calls):
-    return [layers[:: len(ChainLayer._fields)] for _, _, layers in calls]
 
 
 FORMATS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

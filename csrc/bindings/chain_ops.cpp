@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <cstring>
+#include <string>
 #include <vector>
 
 #include "geometry.h"
@@ -296,7 +298,25 @@ Tensor chain_as(const Tensor& x, const Tensor& packed, const std::vector<int64_t
   return y;
 }
 
-Tensor chain(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& layers) {
+// Whole numbers, each behind the other with one character between them.
+std::vector<int64_t> read_numbers(const std::string& text) {
+  std::vector<int64_t> numbers;
+  numbers.reserve(text.size() / 2 + 1);
+  const char* at = text.data();
+  const char* const end = at + text.size();
+  while (at < end) {
+    int64_t number = 0;
+    const auto [behind, error] = std::from_chars(at, end, number);
+    STD_TORCH_CHECK(error == std::errc(), "layers must be numbers, got '", std::string(at, std::min(end, at + 20)),
+                    "'");
+    numbers.push_back(number);
+    at = behind + 1;
+  }
+  return numbers;
+}
+
+Tensor chain(const Tensor& x, const Tensor& packed, const std::string& text) {
+  const std::vector<int64_t> layers = read_numbers(text);
   STD_TORCH_CHECK(x.dim() == 4 && x.size(1) >= 1 && x.size(1) < (int64_t(1) << 40) && x.is_cpu(),
                   "x must be a CPU tensor of shape [N, C, H, W]");
   STD_TORCH_CHECK(!layers.empty() && layers.size() % kNumbersPerLayer == 0, "layers must be a multiple of ",
@@ -315,7 +335,8 @@ Tensor chain(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& 
 }  // namespace
 }  // namespace fusedsep
 
-// `layers` has 19 numbers for each: rows (csrc/kernels/separable.h), out_channels, stride, dilation, pad_left,
+// `layers` is text, since a list of so many numbers would cost more to hand over at each call than to read here: lines
+// of 19 numbers with spaces between them: rows (csrc/kernels/separable.h), out_channels, stride, dilation, pad_left,
 // pad_right, pad_top, pad_bottom, activation, pointwise_activation, residual, kernel, gated, input, input_begin,
 // in_channels, output, output_begin, residual_begin.
 //
@@ -326,6 +347,6 @@ Tensor chain(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& 
 // none. `gated` stands in the place of `input` where a 1x1 convolution reads that map times what the layer in front
 // of it gives for each channel; -1 for no such. The last layer writes the output. `packed` is what `pack`, or
 // `pack_depthwise`, returned for each layer that has weights, in channels_last, one after the other.
-STABLE_TORCH_LIBRARY_FRAGMENT(fusedsep, m) { m.def("chain(Tensor x, Tensor packed, int[] layers) -> Tensor"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(fusedsep, m) { m.def("chain(Tensor x, Tensor packed, str layers) -> Tensor"); }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedsep, CPU, m) { m.impl("chain", TORCH_BOX(&fusedsep::chain)); }

@@ -147,7 +147,7 @@ def _layer(index: int, layer: Convolution | GatedConvolution | Classifier, x: to
         product.numel() * (y.numel() // product.shape[0]) + x.shape[0] * sum(tensor.numel() for tensor in of_a_pixel),
         _nbytes(x, y, *weights),
         0,
-        functools.partial(_ops.chain, x, layer.pack(nchw), [number for layer in layers for number in layer]),
+        functools.partial(_ops.chain, x, layer.pack(nchw), _ops.text_of(layers)),
     )
 
 

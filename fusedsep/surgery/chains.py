@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from .._chain import LayerChain
 from .._chain_elements import depthwise_of
 from .._frozen import FrozenSeparable
 from .analysis import Analysis
+from .folding import Folding
 from .program import Program, program_from, replace_sites
 from .rewrite import FrozenForward, FusedForward
 from .runs import Frozen, Run
@@ -86,16 +88,20 @@ class Outline:
         """The depthwise convolutions that are layers by themselves, of runs that become chains."""
         return [conv for run in self._runs if len(run.steps) > 1 for conv in depthwise_of(run.elements(None))]
 
-    def attach(self, frozen: Frozen = None) -> None:
+    def attach(self, frozen: Frozen = None, folding: Folding | None = None) -> None:
         """Give the root a forward with its runs as chains, if it has any.
 
         ``frozen`` has what became of each site's depthwise convolution, and of each block. If one did not become
         anything, its owner has to decide at each call, and nothing changes.
+        With ``folding``, the BNs of its runs are folded.
         """
         if not self._runs or (frozen is not None and not all(run.site_keys <= frozen.keys() for run in self._runs)):
             return
+        elements = [run.elements(frozen) for run in self._runs]
+        if folding is not None:
+            folding.fold([*itertools.chain(*elements)], self._root, self._graph, self._modules)
         for index, run in enumerate(self._runs):
-            chain = LayerChain(f"chain_{index}", run.elements(frozen), run.links(), frozen is not None)
+            chain = LayerChain(f"chain_{index}", elements[index], run.links(), frozen is not None)
             nodes = run.nodes
             with self._graph.inserting_before(nodes[0]):
                 call = self._graph.call_function(chain, (input_of(nodes[0]),))

@@ -14,6 +14,7 @@ from .._compat import has_hooks
 from .._frozen import HOW_TO_TRAIN, FrozenSeparable
 from .analysis import Analysis, analyse, is_block
 from .chains import outlines
+from .folding import Folding
 from .fuse import defuse
 from .program import FusedSite, Program
 from .report import check_model
@@ -52,8 +53,10 @@ def freeze(model: nn.Module) -> nn.Module:
 
     Equivalent to ``copy.deepcopy(model).eval().requires_grad_(False)``, with each site of :func:`fusedsep.fuse` as one
     module of constants. Layers whose maps nobody else reads run as one call: convolutions, sites, what joins their
-    branches, global average pool and classifier. The merged modules are dropped, so the copy's ``state_dict`` is its
-    own. A site with a hook in it, and one with a module that something else uses too, stays fused but not folded.
+    branches, global average pool and classifier. A BN in such a call is folded into the convolution in front of it,
+    and leaves its activation or ``nn.Identity`` in its place. The merged modules are dropped, so the copy's
+    ``state_dict`` is its own. What has a hook, and what something else uses too, stays as it is: a site is fused but
+    not folded, a BN remains.
 
     Args:
         model: any module, fused or not; it is not changed.
@@ -74,14 +77,16 @@ def _frozen_copy(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model).eval().requires_grad_(False)
     analysis = analyse(model, training=False)
     defuse(model)
-    shared = _shared_modules(model, analysis)
+    held_twice = _held_twice(model)
+    shared = held_twice | _used_twice(analysis)
     parts = outlines(analysis)
     frozen: dict[nn.Module, FrozenSeparable] = {}
     for owner, program in analysis.programs.items():
         owner.forward = _freeze_sites(program, shared, frozen)
     model = _freeze_blocks(model, shared, frozen)
+    folding = Folding(held_twice)
     for part in parts:
-        part.attach(frozen)
+        part.attach(frozen, folding)
     if not isinstance(model, FrozenSeparable):
         for module in model.modules():
             if module is model or _holds_frozen(module):
@@ -89,12 +94,17 @@ def _frozen_copy(model: nn.Module) -> nn.Module:
     return model
 
 
-def _shared_modules(model: nn.Module, analysis: Analysis) -> set[nn.Module]:
-    """Modules that are more than one site's, or that something besides their site calls or holds."""
-    uses = collections.Counter(part for parent in model.modules() for part in parent.children())
+def _held_twice(model: nn.Module) -> set[nn.Module]:
+    """Modules that several others hold."""
+    holders = collections.Counter(part for parent in model.modules() for part in parent.children())
+    return {part for part in holders if holders[part] > 1}
+
+
+def _used_twice(analysis: Analysis) -> set[nn.Module]:
+    """Modules that are more than one site's, or that something besides their site calls."""
     sites = [site for program in analysis.programs.values() for site in program.sites.values()]
     uses_in_sites = collections.Counter(part for site in sites for part in set(site.numbers()))
-    return analysis.used_elsewhere | {part for part in uses if uses[part] > 1 or uses_in_sites[part] > 1}
+    return analysis.used_elsewhere | {part for part in uses_in_sites if uses_in_sites[part] > 1}
 
 
 def _freeze_sites(program: Program, shared: set[nn.Module], frozen: dict[nn.Module, FrozenSeparable]) -> FusedForward:
