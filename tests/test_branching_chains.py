@@ -295,6 +295,30 @@ def test_the_input_is_changed_before_it_is_read_again(change):
             assert_as_close_to_float64(net, model, torch.randn(2, 6, 9, 10))
 
 
+class ChangedAndJoined(nn.Module):
+    """What is put beside a map is the input as it is then."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.a, self.b = separable(6, 6), separable(6, 6)
+        self.change = change
+
+    def forward(self, x):
+        x = torch.tanh(x)
+        y = self.a(x)
+        z = self.b(y)
+        self.change(x)
+        return torch.cat([y, z, x], 1)
+
+
+@pytest.mark.parametrize("change", [lambda x: x, lambda x: x.mul_(2), lambda x: x[:, 3:].mul_(2)])
+def test_the_input_is_changed_before_it_is_put_beside_a_map(change):
+    model = randomized(ChangedAndJoined(change)).eval()
+    with torch.no_grad():
+        for net in (fusedsep.fuse(model), fusedsep.freeze(model)):
+            assert_as_close_to_float64(net, model, torch.randn(2, 6, 9, 10))
+
+
 POOLS = {
     "3, 2, 1": nn.MaxPool2d(3, 2, 1),
     "2": nn.MaxPool2d(2),

@@ -125,11 +125,13 @@ class Run(Flow):
         nodes = sorted(own)
         if not is_last or not ended[1].is_whole(output) or nodes[-1] is not last:
             return None
-        return (*ended, nodes, [node for node in self._views if node in own]) if self._is_kept(own | left) else None
+        if not self._is_kept(own | left, ended[0]):
+            return None
+        return (*ended, nodes, [node for node in self._views if node in own])
 
-    def _is_kept(self, known: set[fx.Node]) -> bool:
+    def _is_kept(self, known: set[fx.Node], steps: list[Step]) -> bool:
         """Whether nobody may change the input between the first and the last read of it."""
-        read = [part for step in self.steps for part in (step.input, step.residual) if part is not None]
+        read = [part for step in steps for part in (step.input, step.residual) if part is not None]
         if sum(self._maps.found(part).map == INPUT for part in read) < 2:
             return True
         nodes = sorted(known)
