@@ -107,6 +107,8 @@ class Run(Flow):
         read again.
         """
         last = self._nodes[-1]
+        if last in self._sections:
+            return None
         own = set(self._nodes)
         # Views of the input may have other readers: they stay where they are.
         views = [node for node in self._views if all(part.map == INPUT for part in self._all_parts(node))]
