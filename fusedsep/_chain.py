@@ -212,7 +212,7 @@ class LayerChain:
         if found is None or not found[0].is_current():
             kept = [each for attributes, kind, _ in self._places for each in (attributes, attributes[kind])]
             snapshot = Snapshot(tuple({id(each): each for each in kept}.values()))
-            found = self._found = snapshot, _C.tensors_at(self._flat_places)
+            found = self._found = snapshot, tensors_at(self._places)
         versions = _C.versions_of(found[1], torch.Tensor, nn.Parameter)
         if versions is None:
             versions = [None if tensor is None else _version_of(tensor) for tensor in found[1]]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from . import _kernel_path, _ops
+from . import _C, _kernel_path, _ops
 from ._activations import ACTIVATION_CODES, LAYER_ACTIVATION_CODES, apply_activation
 from ._checks import checked_pads
 from ._combinations import Combination, MaxPool
@@ -323,9 +324,9 @@ def depthwise_of(elements: list[Element]) -> list[nn.Conv2d]:
     return [element.conv for element in elements if isinstance(element, Convolution) and element.is_depthwise]
 
 
-def tensors_at(places: list[Place]) -> list[torch.Tensor | None]:
+def tensors_at(places: list[Place]) -> tuple[torch.Tensor | None, ...]:
     """What is there; ``None`` also where there is no such name, as in a parametrized module."""
-    return [attributes[kind].get(name) for attributes, kind, name in places]
+    return _C.tensors_at(tuple(itertools.chain(*places)))
 
 
 def _places_of(module: nn.Module) -> list[Place]:

@@ -307,8 +307,8 @@ std::vector<int64_t> read_numbers(const std::string& text) {
   while (at < end) {
     int64_t number = 0;
     const auto [behind, error] = std::from_chars(at, end, number);
-    STD_TORCH_CHECK(error == std::errc(), "layers must be numbers, got '", std::string(at, std::min(end, at + 20)),
-                    "'");
+    STD_TORCH_CHECK(error == std::errc(), "layers must be numbers, got '",
+                    std::string(at, size_t(std::min<ptrdiff_t>(end - at, 20))), "'");
     numbers.push_back(number);
     at = behind + 1;
   }

@@ -53,15 +53,12 @@ class Maps:
 
     def place(self, parts: Value) -> Part:
         """Put whole maps side by side into one."""
-        larger = min((*self._placed_in(), 0)) - 1  # no number of a step
+        larger = min(self._channels) - 1  # below 0, which is the input: no number of a step
         channels = 0
         for part in parts:
             self._placed[part.map] = larger, channels
             channels += part.channels
         return self.add(larger, channels)
-
-    def _placed_in(self) -> Iterable[int]:
-        return (larger for larger, _ in self._placed.values())
 
 
 def channels_of(value: Value) -> int:
