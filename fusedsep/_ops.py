@@ -61,6 +61,7 @@ class ChainLayer(NamedTuple):
     output: int = -1
     output_begin: int = 0
     residual_begin: int = 0
+    joined_activation: int = 0
 
     def sizes(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of what a window of ``kernel`` pixels gives of a map."""

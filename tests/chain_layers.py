@@ -77,7 +77,7 @@ class Layer:
         if n.rows == MEANS:
             return pointwise_act(F.linear(x.mean((2, 3)), self.weight, self.bias))[:, :, None, None]
         if n.rows == PIXELS:
-            return pointwise_act(F.conv2d(x, self.weight[:, :, None, None], self.bias))
+            return pointwise_act(F.conv2d(x, self.weight[:, :, None, None], self.bias, n.stride))
         if n.rows in (DEPTHWISE, DEPTHWISE_MAP):
             h = F.conv2d(F.pad(x, pads), self.first, self.first_bias, n.stride, 0, n.dilation, x.shape[1])
             if n.rows == DEPTHWISE_MAP:
@@ -125,6 +125,7 @@ def exact(layers, x):
             y = source if n.rows == SUM else layer(source)
             if n.residual >= 0:
                 y = y + channels_of(maps, n.residual, n.residual_begin, n.out_channels)
+            y = ACTIVATIONS[n.joined_activation](y)
         written = number if n.output < 0 else n.output
         front = written, n.output_begin, n.out_channels
         if written not in maps:
@@ -173,6 +174,28 @@ def depthwise_map(channels, kernel, stride=1, pads=None, activation=1, residual=
     return Layer(DEPTHWISE_MAP, channels, channels, stride, 1, pads, (activation, 0), residual, kernel, **places)
 
 
+def joined_network(width=8, activation=1):
+    """Activations behind sums, in front of layers and behind a gate, and 1x1 convolutions of stride 2 beside others."""
+    joined = {"joined_activation": activation}
+    return [
+        Layer(PATCHES, 3, width, 2, activations=(0, 2)),
+        pixels(width, 19, 0, stride=2),
+        Layer(DEPTHWISE, width, 19, 2, activations=(1, 0), residual=2, input=1, **joined),
+        Layer(PATCHES, 19, 19, activations=(0, 3), residual=2, **joined),
+        depthwise_map(19, 5, activation=4, residual=3, **joined),
+        depthwise_map(19, 3, activation=0, residual=3, **joined),
+        combined(SUM, 19, 4, **joined),
+        combined(SUM, 17, input=7, input_begin=1, in_channels=17, **joined),
+        pixels(17, 37, residual=-1),
+        Layer(MEANS, 37, 5, pads=(0, 0, 0, 0), activations=(0, 1)),
+        expand(5, 37, 5),
+        combined(SUM, 37, gated=9, **joined),
+        pixels(37, 40, 4, stride=2),
+        pixels(40, 40, residual=13, **joined),
+        Layer(MEANS, 40, 13, pads=(0, 0, 0, 0), activations=(0, 0)),
+    ]
+
+
 def residual_network(width=8):
     """A first convolution, residual blocks, two of them around each other, depthwise ones alone, and a classifier."""
     return [
@@ -219,8 +242,8 @@ def excited_network(width=8):
     ]
 
 
-def pixels(channels, out_channels, activation=0, residual=-1, **places):
-    return Layer(PIXELS, channels, out_channels, 1, 1, (0, 0, 0, 0), (0, activation), residual, **places)
+def pixels(channels, out_channels, activation=0, residual=-1, stride=1, **places):
+    return Layer(PIXELS, channels, out_channels, stride, 1, (0, 0, 0, 0), (0, activation), residual, **places)
 
 
 def combined(rows, channels, residual=-1, **places):

@@ -25,6 +25,7 @@ from chain_layers import (
     depthwise_map,
     excited_network,
     expand,
+    joined_network,
     network,
     whole_network,
 )
@@ -157,8 +158,9 @@ def check_chain(channels: int, size: int, dtype: torch.dtype) -> None:
         for kernel in (3, 5, 7)
         for stride in (1, 2)
     ]
+    joined = [joined_network(5)[:length] for length in (2, 6, 8, 12, 15)]
     branching = [branching_network(width)[:length] for width in (5, 8, 12) for length in (6, 7, 9, 11, 15)]
-    for part in (*parts, pair[:1], pair, *alone, excited_network(5), whole_network(5), *branching):
+    for part in (*parts, pair[:1], pair, *alone, excited_network(5), whole_network(5), *joined, *branching):
         x, packed, text = arguments(part, torch.randn(2, part[0].channels, size, size + 1).to(dtype))
         expected = _ops.chain(x, packed, text)
         for at_end in (True, False):

@@ -18,6 +18,7 @@ from chain_layers import (
     excited_network,
     expand,
     gate,
+    joined_network,
     max_pool,
     network,
     pixels,
@@ -118,6 +119,17 @@ def test_networks(isa, make, dtype):
 
 #: Where all maps that have been written whole are also read, so that a chain may end.
 ENDS_OF_BRANCHES = (6, 7, 9, 11, 14, 15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("activation", range(7))
+def test_activations_of_sums(isa, dtype, activation):
+    torch.manual_seed(14)
+    for width, batch in itertools.product((5, 16), (1, 3)):
+        layers = joined_network(width, activation)
+        x = torch.randn(batch, 3, 21, 26, dtype=dtype)
+        for length in range(2, len(layers) + 1):
+            assert_close(run(layers[:length], x), exact(layers[:length], x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -279,6 +291,7 @@ def test_no_map_lies_on_another_one():
         (lambda: residual_network(24), 3),
         (lambda: whole_network(24), 3),
         (lambda: excited_network(24), 3),
+        (lambda: joined_network(24), 3),
         (lambda: branching_network(24), 3),
         (lambda: [depthwise_map(24, 5, 2), depthwise_map(24, 7, activation=3)], 24),
     ],
@@ -313,6 +326,7 @@ def test_shapes_while_tracing():
         *(network(PATCHES)[:length] for length in range(1, 6)),
         residual_network(),
         whole_network(),
+        joined_network(),
         excited_network(),
         *(excited_network()[:length] for length in (3, 4, 5)),
         *(branching_network()[:length] for length in ENDS_OF_BRANCHES),

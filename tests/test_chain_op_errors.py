@@ -19,8 +19,8 @@ def test_refuses_what_it_cannot_run():
         return changed_text(text, layer, **fields)
 
     for message, wrong in {
-        "multiple of 19 numbers, got 9": (x, packed, text[: 2 * 9]),
-        "multiple of 19 numbers, got 0": (x, packed, ""),
+        "multiple of 20 numbers, got 9": (x, packed, text[: 2 * 9]),
+        "multiple of 20 numbers, got 0": (x, packed, ""),
         "layers must be numbers, got 'x 1'": (x, packed, text + "\nx 1"),
         "packed must hold the weights of layer 4": (x, packed[:-1], text),
         "and nothing else": (x, packed, text.rpartition("\n")[0]),
@@ -37,7 +37,7 @@ def test_refuses_what_it_cannot_run():
         "with a gated map must be a 1x1 convolution": (x, packed, changed(1, gated=0)),
         "activation must be from 0 to 6, got 7": (x, packed, changed(0, pointwise_activation=7)),
         "separable convolution in a chain, activation must be from 0 to 3": (x, packed, changed(1, activation=4)),
-        "neither stride nor padding": (x, packed, changed(0, rows=PIXELS)),
+        "a 1x1 convolution in a chain has no padding": (x, packed, changed(0, rows=PIXELS)),
         "input must be from -1 to 1, got 2": (x, packed, changed(1, input=2)),
         "input_begin must be from 0": (x, packed, changed(1, input=1, input_begin=-1)),
         "in_channels must be from 1 to 8, got 9": (x, packed, changed(1, input=1, in_channels=9)),
@@ -69,11 +69,16 @@ def test_layers_without_weights_refuse_what_they_cannot_run():
         (max_pool(3), {"activation": 1}, "a layer without weights in a chain has no activation"),
         (max_pool(3), {"out_channels": 4}, "as many channels as what it reads"),
         (combined(SUM, 3), {"pointwise_activation": 1}, "a layer without weights in a chain has no activation"),
+        (max_pool(3), {"joined_activation": 1}, "only a sum in a chain has a joined_activation"),
+        (expand(3, 3), {"joined_activation": 1}, "only a sum in a chain has a joined_activation"),
+        (combined(SUM, 3), {"joined_activation": 7}, "joined_activation must be from 0 to 6, got 7"),
         (combined(SUM, 3), {"out_channels": 2}, "as many channels as what it reads"),
-        (combined(SUM, 3), {"stride": 2}, "neither stride nor padding"),
+        (combined(SUM, 3), {"stride": 2}, "maps that are combined in a chain have no stride"),
+        (expand(3, 3), {"pad_left": 1}, "a 1x1 convolution in a chain has no padding"),
         (combined(INTERLEAVED, 3), {}, "a map is interleaved with a second one"),
         (combined(INTERLEAVED, 3, 0), {"out_channels": 5}, "twice as many channels"),
         (combined(INTERLEAVED, 3, 0), {"residual_begin": 1}, "a map of the same shape"),
+        (combined(INTERLEAVED, 3, 0), {"joined_activation": 1}, "only a sum in a chain has a joined_activation"),
     ):
         layer.numbers = layer.numbers._replace(**fields)
         with pytest.raises((RuntimeError, ValueError), match=message):
@@ -90,6 +95,7 @@ def test_gates_refuse_what_they_cannot_run():
         "must give a factor for each of its channels": (x, packed, changed(2, gated=1)),
         "gated must be from -1 to 1, got 2": (x, packed, changed(2, gated=2)),
         "must be a 1x1 convolution": (x, packed, changed(2, gated=0, rows=DEPTHWISE)),
+        "or a sum without a residual": (x, packed, changed(2, gated=0, rows=SUM, residual=0)),
         "a map of the same shape": (x, packed, changed(2, residual=1)),
         "for each of its channels": (x, packed, changed(2, input_begin=1)),
         "reads that map": (x, packed, changed(2, input=0)),

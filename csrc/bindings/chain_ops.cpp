@@ -18,12 +18,12 @@ namespace fusedsep {
 namespace {
 
 // One layer among the numbers that describe a chain, in their order.
-constexpr size_t kNumbersPerLayer = 19;
+constexpr size_t kNumbersPerLayer = 20;
 struct LayerNumbers {
   Rows rows;
   int64_t out_channels;
   Geometry geometry;
-  int64_t residual, gated, input, input_begin, in_channels, output, output_begin, residual_begin;
+  int64_t residual, gated, input, input_begin, in_channels, output, output_begin, residual_begin, joined_activation;
 
   explicit LayerNumbers(const int64_t* n)
       : rows(Rows(n[0])),
@@ -36,7 +36,8 @@ struct LayerNumbers {
         in_channels(n[15]),
         output(n[16]),
         output_begin(n[17]),
-        residual_begin(n[18]) {
+        residual_begin(n[18]),
+        joined_activation(n[19]) {
     constexpr int64_t kMost = int64_t(1) << 40;
     check_range("a layer's rows", n[0], 0, int64_t(Rows::kMaxPool));
     check_range("a layer's out_channels", out_channels, 1, kMost);
@@ -45,6 +46,9 @@ struct LayerNumbers {
     check_range("a layer's output_begin", output_begin, 0, kMost);
     check_range("a layer's residual_begin", residual_begin, 0, kMost);
     check_geometry(geometry, int64_t(Activation::kHardsigmoid));
+    check_range("a layer's joined_activation", joined_activation, 0, int64_t(Activation::kHardsigmoid));
+    STD_TORCH_CHECK(joined_activation == 0 || rows == Rows::kSum || (has_weights() && residual >= 0),
+                    "only a sum in a chain has a joined_activation");
     STD_TORCH_CHECK(rows == Rows::kDepthwiseMap || geometry.activation <= kLastActivation,
                     "of a separable convolution in a chain, activation must be from 0 to ", kLastActivation);
     const bool is_map = rows == Rows::kDepthwiseMap, is_pool = rows == Rows::kMaxPool;
@@ -154,7 +158,8 @@ class ChainReader {
     int64_t channels = front_channels;
     layer.input = front;
     if (n.gated >= 0) {
-      STD_TORCH_CHECK(n.rows == Rows::kPixels, "a layer with a gated map must be a 1x1 convolution");
+      STD_TORCH_CHECK(n.rows == Rows::kPixels || (n.rows == Rows::kSum && n.residual < 0),
+                      "a layer with a gated map must be a 1x1 convolution, or a sum without a residual");
       STD_TORCH_CHECK(n.input < 0, "a layer with a gated map reads that map");
       STD_TORCH_CHECK(n.gated != 0 || !reads_nchw_, "an input in NCHW cannot be gated");
       const ChainMap &gate = maps_[size_t(front.map)], &map = maps_[size_t(n.gated)];
@@ -185,8 +190,11 @@ class ChainReader {
       params.out_height = params.out_width = 1;
     } else if (n.rows == Rows::kPixels || n.combines()) {
       STD_TORCH_CHECK(params.height > 0 && params.width > 0, "x is too small: it has no pixel");
-      STD_TORCH_CHECK(g.stride == 1 && g.pad_top == 0 && g.pad_bottom == 0 && g.pad_left == 0 && g.pad_right == 0,
-                      "a 1x1 convolution in a chain has neither stride nor padding");
+      STD_TORCH_CHECK(g.stride == 1 || n.rows == Rows::kPixels, "maps that are combined in a chain have no stride");
+      STD_TORCH_CHECK(g.pad_top == 0 && g.pad_bottom == 0 && g.pad_left == 0 && g.pad_right == 0,
+                      "a 1x1 convolution in a chain has no padding");
+      params.out_height = (params.height + g.stride - 1) / g.stride;
+      params.out_width = (params.width + g.stride - 1) / g.stride;
     } else {
       params.out_height = output_size("height", params.height, g.pad_top, g.pad_bottom, g);
       params.out_width = output_size("width", params.width, g.pad_left, g.pad_right, g);
@@ -262,6 +270,7 @@ class ChainReader {
     params.channels_last = true;
     params.activation = Activation(n.geometry.activation);
     params.pointwise_activation = Activation(n.geometry.pointwise_activation);
+    params.joined_activation = Activation(n.joined_activation);
     params.out_channels = n.out_channels;
     read_input(i, layer);
     read_sizes(n, params);
@@ -336,17 +345,18 @@ Tensor chain(const Tensor& x, const Tensor& packed, const std::string& text) {
 }  // namespace fusedsep
 
 // `layers` is text, since a list of so many numbers would cost more to hand over at each call than to read here: lines
-// of 19 numbers with spaces between them: rows (csrc/kernels/separable.h), out_channels, stride, dilation, pad_left,
+// of 20 numbers with spaces between them: rows (csrc/kernels/separable.h), out_channels, stride, dilation, pad_left,
 // pad_right, pad_top, pad_bottom, activation, pointwise_activation, residual, kernel, gated, input, input_begin,
-// in_channels, output, output_begin, residual_begin.
+// in_channels, output, output_begin, residual_begin, joined_activation.
 //
 // Maps have numbers: 0 is x, i that of layer i - 1. A layer reads `in_channels` channels (0: all that follow) of map
 // `input` from `input_begin` on; -1 for what the layer in front of it writes. It writes a map of its own if `output` is
 // -1, and to channels of map `output` from `output_begin` on otherwise: maps side by side need no copy. `residual` is
 // the map whose channels from `residual_begin` on are added to what the layer gives, or that are interleaved; -1 for
-// none. `gated` stands in the place of `input` where a 1x1 convolution reads that map times what the layer in front
-// of it gives for each channel; -1 for no such. The last layer writes the output. `packed` is what `pack`, or
-// `pack_depthwise`, returned for each layer that has weights, in channels_last, one after the other.
+// none; `joined_activation` follows on the sum. `gated` stands in the place of `input` where a 1x1 convolution, or a
+// sum of one map, reads that map times what the layer in front of it gives for each channel; -1 for no such. The last
+// layer writes the output. `packed` is what `pack`, or `pack_depthwise`, returned for each layer that has weights, in
+// channels_last, one after the other.
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedsep, m) { m.def("chain(Tensor x, Tensor packed, str layers) -> Tensor"); }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedsep, CPU, m) { m.impl("chain", TORCH_BOX(&fusedsep::chain)); }

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // Two maps as one, in channels_last, where no convolution could store its result in the right place at once: their sum,
-// a copy, or their channels in turns, which is what a channel shuffle makes of two maps.
+// a copy, or their channels in turns, which is what a channel shuffle makes of two maps; and a map with factors of its
+// channels or an activation.
 #pragma once
 
+#include "join-inl.h"
 #include "layout-inl.h"
 #include "separable.h"
 
@@ -31,34 +33,26 @@ FUSEDSEP_INLINE void interleave_pixel(const typename V::T* x, const typename V::
   }
 }
 
-// y = x + other, or x if there is no other, for `channels` channels of a pixel.
 template <class V>
-FUSEDSEP_INLINE void add_pixel(const typename V::T* x, const typename V::T* other, int64_t channels, typename V::T* y) {
-  constexpr int64_t L = V::kLanes;
-  const int64_t whole = channels / L * L;
-  const auto mask = V::mask(0, channels - whole);
-  if (other == nullptr) {
-    for (int64_t c = 0; c < whole; c += L) V::load(x + c).store(y + c);
-    if (whole < channels) V::load(x + whole, mask).store(y + whole, mask);
-    return;
+void interleave(const SeparableParams<typename V::T>& p, int64_t begin, int64_t end) {
+  const int64_t x_pitch = x_pitch_of(p), y_pitch = y_pitch_of(p), channels = p.in_channels;
+  const int64_t residual_pitch = p.residual_pitch != 0 ? p.residual_pitch : channels;
+  for (int64_t pixel = begin; pixel < end; ++pixel) {
+    interleave_pixel<V>(p.x + pixel * x_pitch, p.residual + pixel * residual_pitch, channels, p.y + pixel * y_pitch);
   }
-  for (int64_t c = 0; c < whole; c += L) V::add(V::load(x + c), V::load(other + c)).store(y + c);
-  if (whole < channels) V::add(V::load(x + whole, mask), V::load(other + whole, mask)).store(y + whole, mask);
 }
 
 template <class V>
 void combine(const SeparableParams<typename V::T>& p, int64_t begin, int64_t end) {
-  const int64_t x_pitch = x_pitch_of(p), y_pitch = y_pitch_of(p), channels = p.in_channels;
-  const int64_t residual_pitch = p.residual_pitch != 0 ? p.residual_pitch : channels;
-  for (int64_t pixel = begin; pixel < end; ++pixel) {
-    const auto* const x = p.x + pixel * x_pitch;
-    const auto* const residual = p.residual == nullptr ? nullptr : p.residual + pixel * residual_pitch;
-    auto* const y = p.y + pixel * y_pitch;
-    if (p.rows == Rows::kInterleaved) {
-      interleave_pixel<V>(x, residual, channels, y);
-    } else {
-      add_pixel<V>(x, residual, channels, y);
-    }
+  if (p.rows == Rows::kInterleaved) return interleave<V>(p, begin, end);
+  const int64_t plane = p.out_height * p.out_width;
+  while (begin < end) {  // the pixels of an image have the same factors
+    const int64_t image_end = p.gate == nullptr ? end : min_of(end, (begin / plane + 1) * plane);
+    join<V>({p.x + begin * x_pitch_of(p), x_pitch_of(p),
+             p.gate == nullptr ? nullptr : p.gate + begin / plane * p.in_channels,
+             p.residual == nullptr ? nullptr : p.residual + begin * residual_pitch_of(p), residual_pitch_of(p),
+             p.y + begin * y_pitch_of(p), y_pitch_of(p), image_end - begin, p.in_channels, p.joined_activation});
+    begin = image_end;
   }
 }
 

@@ -5,11 +5,10 @@
 #pragma once
 
 #include "activation-inl.h"
+#include "join-inl.h"
 #include "layout-inl.h"
 #include "pack-inl.h"
-#include "pixels-inl.h"
 #include "separable.h"
-#include "sigmoid-inl.h"
 
 namespace fusedsep {
 namespace {
@@ -159,6 +158,7 @@ void depthwise_map(const SeparableParams<typename V::T>& p, int64_t row_begin, i
   const KeptRows<V> rows(p);
   const auto& kernels = kKernels.table[p.kernel / 2 - 1][p.stride - 1];
   const bool stored_first = is_stored_first(p.activation);
+  const bool joined_later = stored_first || p.joined_activation != Activation::kNone;
   for (int64_t i = 0; i < rows.size; ++i) scratch[i] = 0;
 
   for (int64_t line = channel_begin; line < channel_end; line += kLine) {
@@ -192,13 +192,13 @@ void depthwise_map(const SeparableParams<typename V::T>& p, int64_t row_begin, i
             segment.row[u] = r < 0 || r >= p.height ? nullptr : kept + block.begin * p.stride * L;
           }
           segment.y = y + block.begin * y_pitch;
-          if (residual != nullptr && !stored_first) segment.residual = residual + block.begin * residual_pitch;
+          if (residual != nullptr && !joined_later) segment.residual = residual + block.begin * residual_pitch;
           kernels[block.size - 1](segment);
         }
-        if (stored_first) {
-          const int64_t lanes = min_of(L, channels - c);
-          activate_map<V>(p.activation, y, p.out_width, lanes, y_pitch);
-          if (residual != nullptr) add_map<V>(residual, residual_pitch, y, y_pitch, p.out_width, lanes);
+        const int64_t lanes = min_of(L, channels - c);
+        if (stored_first) activate_map<V>(p.activation, y, p.out_width, lanes, y_pitch);
+        if (residual != nullptr && joined_later) {
+          join<V>({y, y_pitch, nullptr, residual, residual_pitch, y, y_pitch, p.out_width, lanes, p.joined_activation});
         }
       }
     }

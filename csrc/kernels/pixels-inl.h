@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// What a 1x1 convolution alone needs around its product, in channels_last: the pixels of its map as row blocks
-// (layout-inl.h), and the sum with another map.
+// What a 1x1 convolution alone needs in front of its product, in channels_last: the pixels of its map as row blocks
+// (layout-inl.h).
 #pragma once
 
 #include "layout-inl.h"
@@ -19,6 +19,11 @@ void pixels(const SeparableParams<typename V::T>& p, const Tile& tile, int64_t c
   constexpr int L = V::kLanes;
   const int64_t count = tile.end - tile.begin, blocks = block_count(count, Tiling<V>::kTileRows);
   const int64_t plane = p.out_height * p.out_width, first = tile.image * plane + tile.begin, pitch = x_pitch_of(p);
+  const auto place_of = [&](int64_t pixel) {
+    if (p.stride == 1) return pixel;
+    const int64_t image = pixel / plane, i = pixel % plane / p.out_width, j = pixel % p.out_width;
+    return (image * p.height + i * p.stride) * p.width + j * p.stride;
+  };
   const int64_t whole_end = channel_begin + (channel_end - channel_begin) / L * L;
   const auto mask = V::mask(0, channel_end - whole_end);
   for (int64_t b = 0; b < blocks; ++b) {
@@ -26,7 +31,7 @@ void pixels(const SeparableParams<typename V::T>& p, const Tile& tile, int64_t c
     T* const rows = scratch + block.begin * round_up(p.in_channels, L);
     for (int64_t m = 0; m < block.size; ++m) {
       const int64_t pixel = first + block.begin + m;
-      const T* const x = p.x + pixel * pitch;
+      const T* const x = p.x + place_of(pixel) * pitch;
       T* const out = rows + m * L;
       if (p.gate == nullptr) {
         for (int64_t c = channel_begin; c < whole_end; c += L) V::load(x + c).store(out + c * block.size);
@@ -42,23 +47,6 @@ void pixels(const SeparableParams<typename V::T>& p, const Tile& tile, int64_t c
         }
       }
     }
-  }
-}
-
-// y += map, over `rows` rows of `count` elements.
-template <class V>
-void add_map(const typename V::T* map, int64_t map_pitch, typename V::T* y, int64_t y_pitch, int64_t rows,
-             int64_t count) {
-  constexpr int L = V::kLanes;
-  if (count == map_pitch && count == y_pitch) {
-    count *= rows;
-    rows = 1;
-  }
-  const int64_t whole = count / L * L;
-  const auto mask = V::mask(0, count - whole);
-  for (int64_t i = 0; i < rows; ++i, map += map_pitch, y += y_pitch) {
-    for (int64_t k = 0; k < whole; k += L) V::add(V::load(map + k), V::load(y + k)).store(y + k);
-    if (whole < count) V::add(V::load(map + whole, mask), V::load(y + whole, mask)).store(y + whole, mask);
   }
 }
 

@@ -8,6 +8,7 @@
 #include "convolution-inl.h"
 #include "depthwise-inl.h"
 #include "depthwise-map-inl.h"
+#include "join-inl.h"
 #include "max-pool-inl.h"
 #include "means-inl.h"
 #include "pack-inl.h"
@@ -65,7 +66,8 @@ void finish_tile(const SeparableParams<typename V::T>& params, int64_t first, in
   }
   if (params.residual != nullptr) {
     const int64_t residual_pitch = residual_pitch_of(params);
-    add_map<V>(params.residual + first * residual_pitch + begin, residual_pitch, c, pitch, pixels, end - begin);
+    join<V>({c, pitch, nullptr, params.residual + first * residual_pitch + begin, residual_pitch, c, pitch, pixels,
+             end - begin, params.joined_activation});
   }
 }
 

@@ -55,7 +55,7 @@ enum class Rows : int32_t {
   // No product follows: the depthwise convolution alone, where `kernel` may be 5 or 7 too; y is h. It has kernels of
   // its own, `depthwise_map`.
   kDepthwiseMap = 5,
-  // No convolution at all, and no weights, for `combine`: y = x + residual, or x where that is null,
+  // No convolution at all, and no weights, for `combine`: y = act(x + residual), act(x * gate) or act(x),
   kSum = 6,
   // and the channels of both in turns: y[2c] = x[c], y[2c + 1] = residual[c].
   kInterleaved = 7,
@@ -80,7 +80,7 @@ struct SeparableParams {
   int64_t batch;
   int64_t in_channels, height, width;
   int64_t out_channels, out_height, out_width;
-  int64_t stride;    // 1 or 2
+  int64_t stride;    // 1 or 2; in kPixels every second pixel of a row and of a column
   int64_t dilation;  // at least 1
   int64_t pad_top, pad_left;
   bool channels_last;
@@ -88,11 +88,14 @@ struct SeparableParams {
   Rows rows = Rows::kDepthwise;  // in_channels counts those of h; only a depthwise stage has an activation and packed
                                  // weights of its own
   int64_t kernel = 3;  // taps in a row and in a column; other than 3 in kDepthwiseMap and kMaxPool, of dilation 1
-  // In kPixels, factors [batch][in_channels] of x: what squeeze-and-excitation makes of the map that x is. Or null.
+  // In kPixels and kSum, factors [batch][in_channels] of x: what squeeze-and-excitation makes of the map that x is. Or
+  // null, as in a kSum that has a residual.
   const T* gate = nullptr;
   // A map of the shape of y that is added to it at the end; in channels_last, not for patches, and it does not overlap
   // y.
   const T* residual = nullptr;
+  // Of what is stored in the end: of kSum, and of the sum of a convolution with its residual.
+  Activation joined_activation = Activation::kNone;
   // In channels_last, elements between neighbouring pixels of x, y and residual where those are some channels of maps
   // that have more; 0: as many as they have channels.
   int64_t x_pitch = 0, y_pitch = 0, residual_pitch = 0;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Activations that need exp, or that stand at the end of a gate: a pass over a map that was just stored, as none of
-// them fits into the registers beside the accumulators of a product.
+// Activations that need exp, or that stand at the end of a gate: a pass over a map that was just stored (join-inl.h),
+// as none of them fits into the registers beside the accumulators of a product.
 #pragma once
 
 #include "activation-inl.h"
@@ -76,7 +76,7 @@ FUSEDSEP_INLINE V activate_stored(Activation activation, V x) {
   return V::div(activation == Activation::kSilu ? x : one, denominator);
 }
 
-// Whether it is applied by the pass below, and not where the map is computed.
+// Whether it is applied by a pass, and not where the map is computed.
 FUSEDSEP_INLINE bool is_stored_first(Activation activation) { return activation >= Activation::kSilu; }
 
 // Any activation, where registers are free.
@@ -93,32 +93,6 @@ FUSEDSEP_INLINE V activation_gradient_any(Activation activation, V x, V g) {
   const V one = V::broadcast(typename V::T(1));
   const V s = V::div(one, V::add(one, exp(V::sub(V::zero(), x))));
   return V::mul(g, V::mul(s, V::fma(x, V::sub(one, s), one)));
-}
-
-// y = act(y), over `rows` rows of `count` elements.
-template <class V>
-void activate_map(Activation activation, typename V::T* y, int64_t rows, int64_t count, int64_t stride) {
-  constexpr int L = V::kLanes;
-  if (count == stride) {
-    count = stride = rows * count;
-    rows = 1;
-  }
-  const int64_t whole = count / L * L;
-  const auto mask = V::mask(0, count - whole);
-  const auto pass = [&](Activation constant) __attribute__((always_inline)) {
-    for (int64_t i = 0; i < rows; ++i, y += stride) {
-      for (int64_t k = 0; k < whole; k += L) activate_stored(constant, V::load(y + k)).store(y + k);
-      if (whole < count) activate_stored(constant, V::load(y + whole, mask)).store(y + whole, mask);
-    }
-  };
-  switch (activation) {
-    case Activation::kSilu:
-      return pass(Activation::kSilu);
-    case Activation::kSigmoid:
-      return pass(Activation::kSigmoid);
-    default:
-      return pass(Activation::kHardsigmoid);
-  }
 }
 
 }  // namespace

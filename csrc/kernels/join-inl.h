@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// What follows on a map in channels_last: the sum with another one, factors of its channels, and an activation.
+#pragma once
+
+#include "sigmoid-inl.h"
+
+namespace fusedsep {
+namespace {
+
+// Rows of `count` elements: y = act(x + other), act(x * gate) or act(x). Pitches lie between rows.
+template <typename T>
+struct Join {
+  const T* x;
+  int64_t x_pitch;
+  const T* gate;   // the same for all rows; null: none
+  const T* other;  // null: none, as where there is a gate
+  int64_t other_pitch;
+  T* y;  // may be x
+  int64_t y_pitch;
+  int64_t rows, count;
+  Activation activation;
+};
+
+template <class V>
+void join(Join<typename V::T> p) {
+  constexpr int L = V::kLanes;
+  if (p.gate == nullptr && p.count == p.x_pitch && p.count == p.y_pitch && (!p.other || p.count == p.other_pitch)) {
+    p.count *= p.rows;
+    p.rows = 1;
+  }
+  const int64_t whole = p.count / L * L;
+  const auto mask = V::mask(0, p.count - whole);
+  const auto pass = [&](bool gated, bool added, Activation constant) __attribute__((always_inline)) {
+    const auto value = [&](V x, V gate, V other) __attribute__((always_inline)) {
+      return activate_any(constant, gated ? V::mul(x, gate) : added ? V::add(other, x) : x);
+    };
+    const auto *x = p.x, *other = p.other;
+    auto* y = p.y;
+    for (int64_t i = 0; i < p.rows; ++i, x += p.x_pitch, other += added ? p.other_pitch : 0, y += p.y_pitch) {
+      for (int64_t k = 0; k < whole; k += L) {
+        const V none = V::zero();
+        value(V::load(x + k), gated ? V::load(p.gate + k) : none, added ? V::load(other + k) : none).store(y + k);
+      }
+      if (whole < p.count) {
+        const V gate = gated ? V::load(p.gate + whole, mask) : V::zero();
+        const V more = added ? V::load(other + whole, mask) : V::zero();
+        value(V::load(x + whole, mask), gate, more).store(y + whole, mask);
+      }
+    }
+  };
+  const auto passes = [&](Activation constant) __attribute__((always_inline)) {
+    if (p.gate != nullptr) {
+      pass(true, false, constant);
+    } else if (p.other != nullptr) {
+      pass(false, true, constant);
+    } else {
+      pass(false, false, constant);
+    }
+  };
+  switch (p.activation) {
+#define FUSEDSEP_JOIN(name) \
+  case Activation::name:    \
+    return passes(Activation::name);
+    FUSEDSEP_JOIN(kNone)
+    FUSEDSEP_JOIN(kRelu)
+    FUSEDSEP_JOIN(kRelu6)
+    FUSEDSEP_JOIN(kHardswish)
+    FUSEDSEP_JOIN(kSilu)
+    FUSEDSEP_JOIN(kSigmoid)
+    FUSEDSEP_JOIN(kHardsigmoid)
+#undef FUSEDSEP_JOIN
+  }
+}
+
+// y = act(y), over `rows` rows of `count` elements.
+template <class V>
+void activate_map(Activation activation, typename V::T* y, int64_t rows, int64_t count, int64_t pitch) {
+  join<V>({y, pitch, nullptr, nullptr, 0, y, pitch, rows, count, activation});
+}
+
+}  // namespace
+}  // namespace fusedsep
