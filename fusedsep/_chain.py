@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 
 from . import _C, _compat, _kernel_path, _ops
+from ._activations import LAYER_ACTIVATION_CODES, apply_activation
 from ._chain_elements import (
     Classifier,
     Convolution,
@@ -41,11 +42,13 @@ class Link(NamedTuple):
         input: what it is called with.
         output: where its map lies: in a map of its own, or of an element in front of it.
         residual: what is added to its map, or combined with it; ``None`` if there is no such.
+        activation: name of what is applied to the sum, or to its map where nothing is added.
     """
 
     input: Part
     output: Part
     residual: Part | None = None
+    activation: str = "none"
 
 
 class LayerChain:
@@ -112,12 +115,13 @@ class LayerChain:
                     pieces.append(piece if channels == part.channels else piece.narrow(-3, first, channels))
             return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -3)
 
-        last_use = {part.map: index for index, link in enumerate(self.links) for part in link if part is not None}
+        last_use = {part.map: index for index, link in enumerate(self.links) for part in link[:3] if part is not None}
         for index, (element, link) in enumerate(zip(self.elements, self.links, strict=True)):
             y = element(read(link.input) if index > 0 else x)
             if link.residual is not None:
                 other = read(link.residual)
                 y = element.combine(y, other) if isinstance(element, Combination) else other + y
+            y = apply_activation(link.activation, y)
             maps.setdefault(link.output.map, []).append((link.output, y))
             maps = {number: pieces for number, pieces in maps.items() if last_use[number] > index}
         return y
@@ -163,7 +167,8 @@ class LayerChain:
         layers: list[ChainLayer] = []
         sizes = {INPUT: (height, width)}  # of each map
         numbers = [INPUT]  # what each element gives, as the operator numbers the maps
-        for index, (element, (read, written, residual)) in enumerate(zip(self.elements, self.links, strict=True)):
+        for index, (element, link) in enumerate(zip(self.elements, self.links, strict=True)):
+            read, written, residual, activation = link
             own, *size = element.layers(*sizes[read.map], nchw and index == 0)
             span = {"input_begin": read.begin, "in_channels": read.channels}
             if read.map != INPUT or index > 0:
@@ -172,7 +177,7 @@ class LayerChain:
             numbers.append(len(layers))
             if sizes.setdefault(written.map, tuple(size)) != tuple(size):
                 raise ValueError("maps of two sizes do not lie side by side")
-            last = layers[-1]._replace(output_begin=written.begin)
+            last = layers[-1]._replace(output_begin=written.begin, joined_activation=LAYER_ACTIVATION_CODES[activation])
             if written.map != index + 1:
                 last = last._replace(output=numbers[written.map])
             if residual is not None:

@@ -38,7 +38,7 @@ class Convolution:
 
     Args:
         conv: padded with zeros, with one stride (1 or 2) and one dilation for both directions, and one of: a 1x1
-            convolution; one of 3x3 taps, not grouped; a depthwise one of 3x3, 5x5 or 7x7 taps, whose
+            convolution without padding; one of 3x3 taps, not grouped; a depthwise one of 3x3, 5x5 or 7x7 taps, whose
             dilation is 1.
         bn: in eval mode with running statistics, or ``None``.
         activation: its name.
@@ -90,11 +90,12 @@ class Convolution:
 
     def layers(self, height: int, width: int, nchw: bool) -> tuple[list[ChainLayer], int, int]:
         activation = LAYER_ACTIVATION_CODES[self.activation]
+        stride, dilation = self.conv.stride[0], self.conv.dilation[0]
         if self.is_pointwise:
             if min(height, width) < 1:
                 raise ValueError("x must have a pixel")
-            return [_pixels(self.out_channels, activation)], height, width
-        stride, dilation = self.conv.stride[0], self.conv.dilation[0]
+            layer = _pixels(self.out_channels, activation)._replace(stride=stride)
+            return [layer], -(-height // stride), -(-width // stride)
         if self.is_depthwise:
             kernel = self.conv.kernel_size[0]
             pads = resolve_padding(self.own_pads, height, width, stride, dilation, kernel)
@@ -202,64 +203,6 @@ class FrozenSite:
         return self.frozen(x)
 
 
-class GatedConvolution:
-    """Squeeze-and-excitation and the 1x1 convolution behind it, with its BN and its activation.
-
-    Equivalent to::
-
-        gate = gate_activation(expand(activation(reduce(x.mean((2, 3), keepdim=True)))))
-        y = project(x * gate)
-
-    Args:
-        reduce, expand: 1x1 convolutions.
-        activation, gate_activation: their names.
-        project: a pointwise one.
-        modules: those of the first line.
-
-    Source: J. Hu et al., "Squeeze-and-Excitation Networks", 2018, section 3.
-    """
-
-    def __init__(
-        self,
-        reduce: nn.Conv2d,
-        activation: str,
-        expand: nn.Conv2d,
-        gate_activation: str,
-        project: Convolution,
-        modules: list[nn.Module],
-    ) -> None:
-        self.reduce, self.activation, self.expand, self.gate_activation = reduce, activation, expand, gate_activation
-        self.project, self.modules = project, [*modules, *project.modules]
-
-    @property
-    def in_channels(self) -> int:
-        return self.project.in_channels
-
-    @property
-    def out_channels(self) -> int:
-        return self.project.out_channels
-
-    def places(self) -> list[Place]:
-        return [*_places_of(self.reduce), *_places_of(self.expand), *self.project.places()]
-
-    def pack(self, nchw: bool) -> torch.Tensor:
-        return torch.cat([_pack_linear(self.reduce), _pack_linear(self.expand), self.project.pack(nchw)])
-
-    def layers(self, height: int, width: int, nchw: bool) -> tuple[list[ChainLayer], int, int]:
-        codes = LAYER_ACTIVATION_CODES[self.activation], LAYER_ACTIVATION_CODES[self.gate_activation]
-        project, height, width = self.project.layers(height, width, nchw)
-        layers = [
-            _means(self.reduce.out_channels, codes[0]),
-            _pixels(self.expand.out_channels, codes[1]),
-            project[0]._replace(gated=0),
-        ]
-        return layers, height, width
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        gate = apply_activation(self.activation, self.reduce(x.mean((-2, -1), keepdim=True)))
-        return self.project(x * apply_activation(self.gate_activation, self.expand(gate)))
-
-
 class Product(NamedTuple):
     """``activation(bn(layer(x)))`` of a map of one pixel.
 
@@ -273,7 +216,90 @@ class Product(NamedTuple):
     layer: nn.Linear | nn.Conv2d
     bn: nn.Module | None
     activation: str
-    carried: bool
+    carried: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Its channels, and the code of its activation."""
+        return self.layer.weight.shape[0], LAYER_ACTIVATION_CODES[self.activation]
+
+    def places(self) -> list[Place]:
+        return [*_places_of(self.layer), *_places_of_norm(self.bn)]
+
+    def pack(self) -> torch.Tensor:
+        return _pack_product(self.layer.weight.flatten(1), *scale_and_shift(self.layer, self.bn))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Of ``Tensor[N, C]``, or ``Tensor[C]``."""
+        y = F.linear(x, self.layer.weight.flatten(1), self.layer.bias)
+        if self.bn is not None:
+            y = self.bn(y[..., None, None])[..., 0, 0]
+        return y if self.carried else apply_activation(self.activation, y)
+
+
+class Gate:
+    """Squeeze-and-excitation: a factor for each channel, made of the means of all.
+
+    Equivalent to::
+
+        y = x * gate(reduce(x.mean((2, 3))))[:, :, None, None]
+
+    Args:
+        products: ``reduce`` and ``gate``, which end in an activation each.
+        modules: all that it stands for.
+
+    Source: J. Hu et al., "Squeeze-and-Excitation Networks", 2018, section 3.
+    """
+
+    def __init__(self, products: list[Product], modules: list[nn.Module]) -> None:
+        self.products, self.modules = products, modules
+        self.in_channels = self.out_channels = products[-1].layer.out_channels
+
+    def places(self) -> list[Place]:
+        return [place for product in self.products for place in product.places()]
+
+    def pack(self, nchw: bool) -> torch.Tensor:
+        return torch.cat([product.pack() for product in self.products])
+
+    def factors(self) -> list[ChainLayer]:
+        """The layers that make them."""
+        reduce, gate = self.products
+        return [_means(*reduce.size), _pixels(*gate.size)]
+
+    def layers(self, height: int, width: int, nchw: bool) -> tuple[list[ChainLayer], int, int]:
+        if min(height, width) < 1:
+            raise ValueError("x must have a pixel")
+        product = ChainLayer(_ops.SUM, self.out_channels, 1, 1, *NO_PADS, 0, 0, gated=0)
+        return [*self.factors(), product], height, width
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        reduce, gate = self.products
+        return x * gate(reduce(x.mean((-2, -1))))[..., None, None]
+
+
+class GatedConvolution(Gate):
+    """A :class:`Gate` and the 1x1 convolution behind it, with its BN and its activation.
+
+    Args:
+        project: a pointwise one of stride 1.
+    """
+
+    def __init__(self, products: list[Product], project: Convolution, modules: list[nn.Module]) -> None:
+        super().__init__(products, [*modules, *project.modules])
+        self.project, self.out_channels = project, project.out_channels
+
+    def places(self) -> list[Place]:
+        return [*super().places(), *self.project.places()]
+
+    def pack(self, nchw: bool) -> torch.Tensor:
+        return torch.cat([super().pack(nchw), self.project.pack(nchw)])
+
+    def layers(self, height: int, width: int, nchw: bool) -> tuple[list[ChainLayer], int, int]:
+        project, height, width = self.project.layers(height, width, nchw)
+        return [*self.factors(), project[0]._replace(gated=0)], height, width
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.project(super().__call__(x))
 
 
 class Classifier:
@@ -289,34 +315,26 @@ class Classifier:
         self.products, self.as_map, self.modules = products, as_map, modules
 
     def places(self) -> list[Place]:
-        return [place for each in self.products for place in (*_places_of(each.layer), *_places_of_norm(each.bn))]
+        return [place for product in self.products for place in product.places()]
 
     def pack(self, nchw: bool) -> torch.Tensor:
-        return torch.cat(
-            [
-                _pack_product(each.layer.weight.flatten(1), *scale_and_shift(each.layer, each.bn))
-                for each in self.products
-            ]
-        )
+        return torch.cat([product.pack() for product in self.products])
 
     def layers(self, height: int, width: int, nchw: bool) -> tuple[list[ChainLayer], int, int]:
-        sizes = [(each.layer.weight.shape[0], LAYER_ACTIVATION_CODES[each.activation]) for each in self.products]
-        return [_means(*sizes[0]), *(_pixels(*size) for size in sizes[1:])], 1, 1
+        first, *others = (product.size for product in self.products)
+        return [_means(*first), *(_pixels(*size) for size in others)], 1, 1
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         # Without a batch dimension a 1x1 convolution works, and a linear layer behind a pool or a mean does not.
         y = x.mean((-2, -1) if self.as_map else (2, 3))
-        for layer, bn, activation, carried in self.products:
-            y = F.linear(y, layer.weight.flatten(1), layer.bias)
-            if bn is not None:
-                y = bn(y[..., None, None])[..., 0, 0]
-            y = y if carried else apply_activation(activation, y)
+        for product in self.products:
+            y = product(y)
         return y[..., None, None] if self.as_map else y
 
 
 #: ``layers`` gives those of the operator and the size of the map behind them. A layer that has a ``gated`` map has the
 #: number that it would have if the element began the chain.
-Element = Convolution | Site | FrozenSite | GatedConvolution | Classifier | Combination | MaxPool
+Element = Convolution | Site | FrozenSite | Gate | Classifier | Combination | MaxPool
 
 
 def depthwise_of(elements: list[Element]) -> list[nn.Conv2d]:
@@ -343,11 +361,6 @@ def _pack_product(weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.
     """A product alone: ``weight`` is ``[N, C]``."""
     no_depthwise = weight.new_zeros(weight.shape[1], 1, 3, 3)
     return _ops.pack(no_depthwise, None, None, weight.contiguous()[:, :, None, None], scale, bias, True)
-
-
-def _pack_linear(linear: nn.Linear | nn.Conv2d) -> torch.Tensor:
-    bias = None if linear.bias is None else linear.bias.double()
-    return _pack_product(linear.weight.flatten(1), None, bias)
 
 
 def _pixels(out_channels: int, activation: int) -> ChainLayer:

@@ -186,12 +186,14 @@ def joined_network(width=8, activation=1):
         depthwise_map(19, 3, activation=0, residual=3, **joined),
         combined(SUM, 19, 4, **joined),
         combined(SUM, 17, input=7, input_begin=1, in_channels=17, **joined),
-        pixels(17, 37, residual=-1),
+        depthwise_map(17, 7, activation=0, **joined),
+        pixels(17, 37, 3, **joined),
         Layer(MEANS, 37, 5, pads=(0, 0, 0, 0), activations=(0, 1)),
         expand(5, 37, 5),
-        combined(SUM, 37, gated=9, **joined),
+        combined(SUM, 37, gated=10, **joined),
         pixels(37, 40, 4, stride=2),
-        pixels(40, 40, residual=13, **joined),
+        Layer(DEPTHWISE, 40, 40, activations=(1, 0), residual=14, **joined),
+        Layer(DEPTHWISE, 40, 40, activations=(1, 0), **joined),
         Layer(MEANS, 40, 13, pads=(0, 0, 0, 0), activations=(0, 0)),
     ]
 

@@ -69,8 +69,7 @@ def test_layers_without_weights_refuse_what_they_cannot_run():
         (max_pool(3), {"activation": 1}, "a layer without weights in a chain has no activation"),
         (max_pool(3), {"out_channels": 4}, "as many channels as what it reads"),
         (combined(SUM, 3), {"pointwise_activation": 1}, "a layer without weights in a chain has no activation"),
-        (max_pool(3), {"joined_activation": 1}, "only a sum in a chain has a joined_activation"),
-        (expand(3, 3), {"joined_activation": 1}, "only a sum in a chain has a joined_activation"),
+        (max_pool(3), {"joined_activation": 1}, "nor a max pool in a chain has a joined_activation"),
         (combined(SUM, 3), {"joined_activation": 7}, "joined_activation must be from 0 to 6, got 7"),
         (combined(SUM, 3), {"out_channels": 2}, "as many channels as what it reads"),
         (combined(SUM, 3), {"stride": 2}, "maps that are combined in a chain have no stride"),
@@ -78,7 +77,7 @@ def test_layers_without_weights_refuse_what_they_cannot_run():
         (combined(INTERLEAVED, 3), {}, "a map is interleaved with a second one"),
         (combined(INTERLEAVED, 3, 0), {"out_channels": 5}, "twice as many channels"),
         (combined(INTERLEAVED, 3, 0), {"residual_begin": 1}, "a map of the same shape"),
-        (combined(INTERLEAVED, 3, 0), {"joined_activation": 1}, "only a sum in a chain has a joined_activation"),
+        (combined(INTERLEAVED, 3, 0), {"joined_activation": 1}, "nor a max pool in a chain has a joined_activation"),
     ):
         layer.numbers = layer.numbers._replace(**fields)
         with pytest.raises((RuntimeError, ValueError), match=message):

@@ -17,7 +17,7 @@ from test_residual_chains import assert_chains, assert_one_image_and_threads_giv
 from zoo import assert_as_close_to_float64
 
 import fusedsep
-from fusedsep._ops import DEPTHWISE, DEPTHWISE_MAP, MEANS, PATCHES_OF_NCHW, PIXELS
+from fusedsep._ops import DEPTHWISE, DEPTHWISE_MAP, MEANS, PATCHES_OF_NCHW, PIXELS, SUM
 
 GATED = plain(MEANS, PIXELS, PIXELS)
 
@@ -226,10 +226,13 @@ def test_what_is_no_squeeze_and_excitation(name, chain_calls):
     assert not any(MEANS in rows for rows in rows_of(chain_calls))
 
 
-def test_what_follows_must_be_a_pointwise_convolution(chain_calls):
+@pytest.mark.parametrize("behind", [lambda: nn.Conv2d(12, 5, 3), lambda: nn.Conv2d(12, 5, 1, 2)])
+def test_what_follows_may_be_another_layer(behind, chain_calls):
     model = Excited(gated())
-    model.pw = nn.Conv2d(12, 5, 3)
-    assert_chains(model, torch.randn(2, 12, 14, 15), chain_calls, [])
+    model.pw = behind()
+    last = PATCHES_OF_NCHW if model.pw.kernel_size == (3, 3) else PIXELS  # which stands for both of them
+    expected = plain(DEPTHWISE_MAP, MEANS, PIXELS, SUM, last)
+    assert_chains(model, torch.randn(2, 12, 14, 15), chain_calls, [expected])
 
 
 SILU = {
@@ -252,7 +255,7 @@ def test_silu(name, chain_calls):
         *(depthwise(8), nn.BatchNorm2d(8), act(), pointwise(8, 9), nn.BatchNorm2d(9), act()),
         *(depthwise(9), nn.BatchNorm2d(9), nn.ReLU(), pointwise(9, 4), nn.BatchNorm2d(4), act()),
     )
-    # The second one is a site, behind which SiLU is not fused.
+    # The last one is a site, whose kernel applies another activation than SiLU to its product: it is a pass of its own.
     expected = [plain(PATCHES_OF_NCHW, DEPTHWISE_MAP, PIXELS, DEPTHWISE)]
     assert_chains(model, torch.randn(2, 3, 14, 15), chain_calls, expected)
 

@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from models import ConvBNAct, depthwise, pointwise
 from randomize import randomized
 
@@ -64,7 +65,7 @@ class Random(nn.Module):
     def halve(self, number, channels, halved):
         if halved < 2:
             site = nn.Sequential(depthwise(channels, 2), nn.BatchNorm2d(channels), pointwise(channels, channels))
-            pool = self.draw.choice([nn.MaxPool2d(3, 2, 1), site])
+            pool = self.draw.choice([nn.MaxPool2d(3, 2, 1), site, nn.Conv2d(channels, channels, 1, 2)])
             self.add(lambda x, part: part(x), [number], (channels, halved + 1), pool)
 
     def join(self, number, channels, halved):
@@ -93,13 +94,21 @@ class Random(nn.Module):
     def excite(self, number, channels, halved):
         self.add(gate, [number], (channels, halved), nn.Conv2d(channels, 4, 1), nn.Conv2d(4, channels, 1))
 
+    def activate(self, number, channels, halved):
+        functions = [torch.relu, torch.relu_, F.relu6, F.silu, torch.sigmoid_, lambda x: x * torch.sigmoid(x)]
+        if self.draw.random() < 0.5:
+            self.add(self.draw.choice(functions), [number], (channels, halved))
+        else:
+            modules = [nn.ReLU(), nn.ReLU(inplace=True), nn.Hardswish(), nn.SiLU(inplace=True), nn.Hardsigmoid()]
+            self.add(lambda x, part: part(x), [number], (channels, halved), self.draw.choice(modules))
+
     def other(self, number, channels, halved):
         """Nothing that a chain has a kernel for."""
-        function = self.draw.choice([torch.tanh, torch.relu_, lambda x: x.mul_(0.5)])
+        function = self.draw.choice([torch.tanh, torch.tanh_, lambda x: x.mul_(0.5)])
         if self.draw.random() < 0.4:
             self.add(function, [number], (channels, halved))
 
-    KINDS = (*6 * (layer,), *2 * (join, sum), cut, shuffle, halve, excite, other)
+    KINDS = (*6 * (layer,), *2 * (join, sum, activate), cut, shuffle, halve, excite, other)
 
     def forward(self, x):
         maps = []

@@ -47,8 +47,8 @@ struct LayerNumbers {
     check_range("a layer's residual_begin", residual_begin, 0, kMost);
     check_geometry(geometry, int64_t(Activation::kHardsigmoid));
     check_range("a layer's joined_activation", joined_activation, 0, int64_t(Activation::kHardsigmoid));
-    STD_TORCH_CHECK(joined_activation == 0 || rows == Rows::kSum || (has_weights() && residual >= 0),
-                    "only a sum in a chain has a joined_activation");
+    STD_TORCH_CHECK(joined_activation == 0 || rows == Rows::kSum || has_weights(),
+                    "neither an interleaved map nor a max pool in a chain has a joined_activation");
     STD_TORCH_CHECK(rows == Rows::kDepthwiseMap || geometry.activation <= kLastActivation,
                     "of a separable convolution in a chain, activation must be from 0 to ", kLastActivation);
     const bool is_map = rows == Rows::kDepthwiseMap, is_pool = rows == Rows::kMaxPool;
@@ -353,7 +353,7 @@ Tensor chain(const Tensor& x, const Tensor& packed, const std::string& text) {
 // `input` from `input_begin` on; -1 for what the layer in front of it writes. It writes a map of its own if `output` is
 // -1, and to channels of map `output` from `output_begin` on otherwise: maps side by side need no copy. `residual` is
 // the map whose channels from `residual_begin` on are added to what the layer gives, or that are interleaved; -1 for
-// none; `joined_activation` follows on the sum. `gated` stands in the place of `input` where a 1x1 convolution, or a
+// none; `joined_activation` follows on the sum, or on what there is without one. `gated` stands in the place of `input` where a 1x1 convolution, or a
 // sum of one map, reads that map times what the layer in front of it gives for each channel; -1 for no such. The last
 // layer writes the output. `packed` is what `pack`, or `pack_depthwise`, returned for each layer that has weights, in
 // channels_last, one after the other.

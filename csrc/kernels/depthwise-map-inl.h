@@ -197,7 +197,7 @@ void depthwise_map(const SeparableParams<typename V::T>& p, int64_t row_begin, i
         }
         const int64_t lanes = min_of(L, channels - c);
         if (stored_first) activate_map<V>(p.activation, y, p.out_width, lanes, y_pitch);
-        if (residual != nullptr && joined_later) {
+        if (joined_later && (residual != nullptr || p.joined_activation != Activation::kNone)) {
           join<V>({y, y_pitch, nullptr, residual, residual_pitch, y, y_pitch, p.out_width, lanes, p.joined_activation});
         }
       }

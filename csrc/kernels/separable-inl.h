@@ -64,10 +64,11 @@ void finish_tile(const SeparableParams<typename V::T>& params, int64_t first, in
   if (is_stored_first(params.pointwise_activation)) {
     activate_map<V>(params.pointwise_activation, c, pixels, end - begin, pitch);
   }
-  if (params.residual != nullptr) {
+  if (params.residual != nullptr || params.joined_activation != Activation::kNone) {
     const int64_t residual_pitch = residual_pitch_of(params);
-    join<V>({c, pitch, nullptr, params.residual + first * residual_pitch + begin, residual_pitch, c, pitch, pixels,
-             end - begin, params.joined_activation});
+    const typename V::T* const residual =
+        params.residual == nullptr ? nullptr : params.residual + first * residual_pitch + begin;
+    join<V>({c, pitch, nullptr, residual, residual_pitch, c, pitch, pixels, end - begin, params.joined_activation});
   }
 }
 

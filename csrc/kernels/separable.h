@@ -94,7 +94,7 @@ struct SeparableParams {
   // A map of the shape of y that is added to it at the end; in channels_last, not for patches, and it does not overlap
   // y.
   const T* residual = nullptr;
-  // Of what is stored in the end: of kSum, and of the sum of a convolution with its residual.
+  // Of what is stored in the end, behind the residual; not in NCHW, and not in kInterleaved and kMaxPool.
   Activation joined_activation = Activation::kNone;
   // In channels_last, elements between neighbouring pixels of x, y and residual where those are some channels of maps
   // that have more; 0: as many as they have channels.

@@ -8,7 +8,7 @@ from typing import Any
 
 from ._output import machine_line
 from ._page import case_names, folded, heading, page, paragraph, table
-from ._parts import CLASSIFIER, DEPTHWISE, GATED, OTHER, POINTWISE, SEPARABLE, WHOLE
+from ._parts import CLASSIFIER, DEPTHWISE, GATE, GATED, OTHER, POINTWISE, SEPARABLE, WHOLE
 from ._svg import Point, Roof, Row, bars, ratios, roofline
 
 _OURS = ("frozen", "fused")
@@ -22,7 +22,7 @@ _SERIES = {
     "eager nchw": 5,
     "eager channels_last": 6,
 }
-_KINDS = {SEPARABLE: 0, WHOLE: 1, CLASSIFIER: 2, OTHER: 3, POINTWISE: 4, DEPTHWISE: 5, "whole": 6, GATED: 7}
+_KINDS = {SEPARABLE: 0, WHOLE: 1, CLASSIFIER: 2, OTHER: 3, POINTWISE: 4, DEPTHWISE: 5, "whole": 6, GATED: 7, GATE: 7}
 _CLOSE_TO_PEAK = 0.8
 
 

@@ -14,14 +14,14 @@ import torch.nn as nn
 
 from .. import _ops
 from .._chain import LayerChain
-from .._chain_elements import Classifier, Convolution, GatedConvolution, tensors_at
+from .._chain_elements import Classifier, Convolution, Gate, GatedConvolution, tensors_at
 from .._frozen import FrozenSeparable
 from ._limits import Limits
 from ._measure import Times, time_interleaved
 
 SEPARABLE, WHOLE, POINTWISE, CLASSIFIER = "depthwise-separable", "3x3 convolution", "1x1 convolution", "classifier"
-DEPTHWISE, GATED = "depthwise convolution", "squeeze-and-excitation, 1x1 convolution"
-OTHER = "other"
+DEPTHWISE, OTHER = "depthwise convolution", "other"
+GATE, GATED = "squeeze-and-excitation", "squeeze-and-excitation, 1x1 convolution"
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def parts_of(frozen: nn.Module, x: torch.Tensor) -> list[Part]:
         mock.patch.object(LayerChain, "_run", lambda chain, x: None),  # layer by layer
         mock.patch.object(FrozenSeparable, "forward", noting(FrozenSeparable.forward, _site)),
         mock.patch.object(Convolution, "__call__", noting(Convolution.__call__, _layer)),
+        mock.patch.object(Gate, "__call__", noting(Gate.__call__, _layer)),
         mock.patch.object(GatedConvolution, "__call__", noting(GatedConvolution.__call__, _layer)),
         mock.patch.object(Classifier, "__call__", noting(Classifier.__call__, _layer)),
     ):
@@ -132,7 +133,7 @@ def _site(index: int, site: FrozenSeparable, x: torch.Tensor, y: torch.Tensor) -
     )
 
 
-def _layer(index: int, layer: Convolution | GatedConvolution | Classifier, x: torch.Tensor, y: torch.Tensor) -> Part:
+def _layer(index: int, layer: Convolution | Gate | Classifier, x: torch.Tensor, y: torch.Tensor) -> Part:
     kind = _kind_of(layer)
     is_first = index == 0 and kind == WHOLE and layer.reads_images  # others read what a chain holds, channels_last
     nchw = is_first and not x.is_contiguous(memory_format=torch.channels_last)
@@ -140,22 +141,27 @@ def _layer(index: int, layer: Convolution | GatedConvolution | Classifier, x: to
     if not nchw:
         x = x.contiguous(memory_format=torch.channels_last)
     weights = [tensor for tensor in tensors_at(layer.places()) if tensor is not None]
-    *of_a_pixel, product = [tensor for tensor in weights if tensor.dim() > 1]
+    products = [tensor for tensor in weights if tensor.dim() > 1]  # the last one of every pixel, the others of means
+    if kind == GATE:
+        of_pixels = y.numel()
+    else:
+        product = products.pop()
+        of_pixels = product.numel() * (y.numel() // product.shape[0])
     return Part(
         f"{index}: {kind}, {x.shape[-2]}x{x.shape[-1]}",
         kind,
-        product.numel() * (y.numel() // product.shape[0]) + x.shape[0] * sum(tensor.numel() for tensor in of_a_pixel),
+        of_pixels + x.shape[0] * sum(tensor.numel() for tensor in products),
         _nbytes(x, y, *weights),
         0,
         functools.partial(_ops.chain, x, layer.pack(nchw), _ops.text_of(layers)),
     )
 
 
-def _kind_of(layer: Convolution | GatedConvolution | Classifier) -> str:
+def _kind_of(layer: Convolution | Gate | Classifier) -> str:
     if isinstance(layer, Classifier):
         return CLASSIFIER
-    if isinstance(layer, GatedConvolution):
-        return GATED
+    if isinstance(layer, Gate):
+        return GATED if isinstance(layer, GatedConvolution) else GATE
     return POINTWISE if layer.is_pointwise else DEPTHWISE if layer.is_depthwise else WHOLE
 
 

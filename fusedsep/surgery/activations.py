@@ -85,6 +85,14 @@ def _is_number(value: Any, wanted: float) -> bool:
     return isinstance(value, (int, float)) and abs(value - wanted) < 1e-7
 
 
+def is_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether an activation may write to its argument."""
+    if node.op == "call_module":
+        return bool(getattr(modules[node.target], "inplace", False))
+    name = node.target if isinstance(node.target, str) else node.target.__name__
+    return name.endswith("_") or any(given is True for given in (*node.args, *node.kwargs.values()))
+
+
 def gate_of(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
     """The name of what ``node`` computes of its first argument if it ends in numbers from 0 to 1, or ``None``."""
     if node.op == "call_module":
@@ -97,7 +105,7 @@ def composed_hardsigmoid(x: fx.Node, modules: dict[str, nn.Module]) -> list[fx.N
     nodes = [x]
     for fits in (
         lambda node, source: _scales(node, _ADD | {operator.iadd, "add_"}, source, 3.0),
-        lambda node, source: _activation(node, modules) == "relu6",
+        lambda node, source: activation_of(node, modules) == "relu6",
         _is_sixth,
     ):
         node = _only_user(nodes[-1])
@@ -139,7 +147,7 @@ def composed_hardswish(x: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Nod
         if not _scales(start, _ADD, x, 3.0):
             continue
         clamped = _only_user(start)
-        if clamped is None or _activation(clamped, modules) != "relu6":
+        if clamped is None or activation_of(clamped, modules) != "relu6":
             continue
         after = _only_user(clamped)
         if after is None:
@@ -155,7 +163,8 @@ def composed_hardswish(x: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Nod
     return None
 
 
-def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
+def activation_of(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
+    """The name of the activation that ``node`` computes of its first argument, or ``None``."""
     if node.op == "call_module":
         return activation_of_module(modules[node.target])
     return activation_of_function(node)

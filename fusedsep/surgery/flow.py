@@ -15,6 +15,7 @@ from .._chain import INPUT, Part
 from .._chain_elements import Element
 from .._combinations import Combination
 from .._frozen import FrozenSeparable
+from .activations import activation_of, composed_activation, gate_of, is_in_place
 from .dropouts import call_passes_on, passes_on
 from .maps import Maps, Value, channels_of, cut
 from .tails import only_reader
@@ -41,6 +42,8 @@ class Step(NamedTuple):
         site: what stands for it in a dictionary of frozen sites, if it is one.
         is_depthwise: whether it is a depthwise convolution by itself.
         adds: whether an addition may become a part of it.
+        activation: name of what is applied to the sum, or to its map where nothing is added.
+        activates: whether it may have such.
     """
 
     make: Maker
@@ -51,6 +54,8 @@ class Step(NamedTuple):
     site: nn.Module | None = None
     is_depthwise: bool = False
     adds: bool = True
+    activation: str = "none"
+    activates: bool = True
 
 
 class Flow:
@@ -64,6 +69,7 @@ class Flow:
         self._sections: dict[fx.Node, list[Value]] = {}  # what a node gives that cuts a map into several
         self._nodes: list[fx.Node] = []
         self._views: list[fx.Node] = []  # those of its nodes that belong to no step
+        self._activations: list[fx.Node] = []  # nodes that became the activation of a step
         self._reads_images = False  # as they lie in NCHW, which nobody else can
         self._work = 0  # steps and additions
 
@@ -121,10 +127,11 @@ class Flow:
             self._values[nodes[-1]] = (own,)
         return own
 
-    def _combine(self, a: Part, b: Part | None, nodes: list[fx.Node], interleaved: bool = False) -> Part:
+    def _combine(self, a: Part, b: Part | None, nodes: list[fx.Node], interleaved: bool = False, **kinds: Any) -> Part:
         """A step that adds or interleaves two maps, or copies one."""
         element = Combination(a.channels, interleaved)
-        return self._add_step(lambda frozen: element, nodes, a, element.out_channels, b, adds=False)
+        kinds = {"adds": False, "activates": not interleaved, **kinds}
+        return self._add_step(lambda frozen: element, nodes, a, element.out_channels, b, **kinds)
 
     def _gathered(self, value: Value) -> Part | None:
         """``value`` as channels of one map: written there, or copied where it is read elsewhere too."""
@@ -201,9 +208,7 @@ class Flow:
         if number < 1 or not self._maps.is_whole(own) or not self._is_there_before(other, number):
             return False
         step = self.steps[number - 1]
-        parts = self._maps.joined
-        names = [name for name, value in self._values.items() if any(part.map == number for part in parts([value]))]
-        if not step.adds or step.residual is not None or any(set(name.users) - {*names, node} for name in names):
+        if not step.adds or step.residual is not None or step.activation != "none" or not self._is_read_by(own, [node]):
             return False
         self.steps[number - 1] = step._replace(residual=other)
         self._work += 1
@@ -211,6 +216,45 @@ class Flow:
         self._views.append(node)
         self._values[node] = (own,)  # as the names do, which nobody reads any more
         return True
+
+    def _is_read_by(self, part: Part, nodes: list[fx.Node]) -> bool:
+        """Whether nobody but ``nodes``, and what passes it on, reads the map of ``part``."""
+        joined = self._maps.joined
+        names = [name for name, value in self._values.items() if any(each.map == part.map for each in joined([value]))]
+        return not any(set(name.users) - {*names, *nodes} for name in names)
+
+    def _take_activation(self, node: fx.Node, source: fx.Node) -> bool:
+        """An activation: of the step that gives the map, if nobody else reads that, or a step of its own."""
+        module = self._module(node)
+        if module is not None and "forward" in vars(module):
+            return False
+        nodes, name = composed_activation(source, self._modules) or ([node], None)
+        name = name or activation_of(node, self._modules) or gate_of(node, self._modules)
+        if name is None or node not in nodes or node.all_input_nodes != [source]:
+            return False
+        if is_in_place(node, self._modules) and not self._may_change(source, node):
+            return False
+        value = self._maps.joined([self._values[source]])
+        if self._reads_images and any(part.map == INPUT for part in value):
+            return False
+        activated = {part: self._activated(part, name, nodes, value) for part in dict.fromkeys(value)}
+        value = tuple(activated[part] for part in value)
+        self._nodes += nodes
+        self._activations += nodes
+        self._values[nodes[-1]] = value
+        return True
+
+    def _activated(self, part: Part, name: str, nodes: list[fx.Node], value: Value) -> Part:
+        """An activation of ``part``, which is one of those of ``value``."""
+        step = self.steps[part.map - 1] if part.map >= 1 and self._maps.is_whole(part) else None
+        is_alone = all(other == part or other.map != part.map for other in value)
+        if step is None or not step.activates or step.activation != "none" or not is_alone:
+            return self._combine(part, None, [], activation=name)
+        if not self._is_read_by(part, nodes):
+            return self._combine(part, None, [], activation=name)
+        self.steps[part.map - 1] = step._replace(activation=name)
+        self._work += 1
+        return part
 
     def _is_there_before(self, part: Part, number: int) -> bool:
         """Whether ``part`` is written before step ``number`` runs."""

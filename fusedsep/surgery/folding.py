@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import torch.nn as nn
 from torch import fx
 
-from .._chain_elements import Classifier, Convolution, Element, GatedConvolution
+from .._chain_elements import Classifier, Convolution, Element, Gate, GatedConvolution
 from .._compat import has_hooks, is_plain_convolution
 from .._fold import fold_tensors
 
@@ -70,7 +70,7 @@ class Folding:
                 if part.bn in replaced:
                     part.bn, part.carried = None, False
                     part.modules = [replaced.get(module, module) for module in part.modules]
-            if isinstance(element, Classifier):
+            if isinstance(element, (Classifier, Gate)):
                 element.products = [
                     product._replace(bn=None, carried=False) if product.bn in replaced else product
                     for product in element.products
@@ -83,7 +83,7 @@ def _pairs(elements: list[Element]) -> Iterator[tuple[nn.Module, nn.Module, str]
         for part in _convolutions(element):
             if part.bn is not None and is_plain_convolution(part.conv):
                 yield part.conv, part.bn, part.activation if part.carried else "none"
-        for product in element.products if isinstance(element, Classifier) else ():
+        for product in element.products if isinstance(element, (Classifier, Gate)) else ():
             if product.bn is not None and isinstance(product.layer, nn.Conv2d) and is_plain_convolution(product.layer):
                 yield product.layer, product.bn, product.activation if product.carried else "none"
 

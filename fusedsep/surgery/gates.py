@@ -8,31 +8,24 @@ from typing import NamedTuple
 import torch.nn as nn
 from torch import fx
 
-from .activations import (
-    activation_of_function,
-    activation_of_module,
-    composed_activation,
-    composed_hardsigmoid,
-    gate_of,
-)
+from .._chain_elements import Product
+from .activations import composed_hardsigmoid, gate_of
 from .dropouts import call_passes_on, passes_on
 from .heads import rank_of_pooled
 from .sites import is_plain_pointwise
-from .tails import only_reader
+from .tails import only_reader, tail_behind
 
 
 class Gate(NamedTuple):
-    """``gate_activation(expand(activation(reduce(x.mean((2, 3), keepdim=True)))))``.
+    """``gate(reduce(x.mean((2, 3))))``, two products that end in an activation each.
 
     Attributes:
         nodes: all of it, in order; the last one gives the factors.
+        products: the two.
     """
 
     nodes: list[fx.Node]
-    reduce: nn.Conv2d
-    activation: str
-    expand: nn.Conv2d
-    gate_activation: str
+    products: list[Product]
 
 
 def gate_behind(pool: fx.Node, channels: int, modules: dict[str, nn.Module]) -> Gate | None:
@@ -50,14 +43,14 @@ class _Search:
             return None
         self._nodes = [pool]
         reduce = self._take_convolution()
-        activation = "none" if reduce is None else self._take_activation()
+        if reduce is None or reduce.in_channels != channels:
+            return None
+        self._nodes, *tail = tail_behind(self._nodes, self._modules, reduce.out_channels)
         expand = self._take_convolution()
-        gate_activation = None if expand is None else self._take_gate()
-        if reduce is None or expand is None or gate_activation is None:
+        gate = None if expand is None else self._take_gate()
+        if gate is None or expand.in_channels != reduce.out_channels or expand.out_channels != channels:
             return None
-        if not (reduce.in_channels == expand.out_channels == channels and reduce.out_channels == expand.in_channels):
-            return None
-        return Gate(self._nodes, reduce, activation, expand, gate_activation)
+        return Gate(self._nodes, [Product(reduce, *tail), Product(expand, None, gate)])
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self._modules[node.target] if node.op == "call_module" else None
@@ -78,22 +71,6 @@ class _Search:
             return None
         self._nodes.append(reader)
         return conv
-
-    def _take_activation(self) -> str:
-        """The one that comes next, or ``"none"``."""
-        spelled_out = composed_activation(self._nodes[-1], self._modules)
-        if spelled_out is not None:
-            self._nodes += spelled_out[0]
-            return spelled_out[1]
-        reader = self._next()
-        if reader is None:
-            return "none"
-        module = self._module(reader)
-        activation = activation_of_function(reader) if module is None else activation_of_module(module)
-        if activation is None:
-            return "none"
-        self._nodes.append(reader)
-        return activation
 
     def _take_gate(self) -> str | None:
         spelled_out = composed_hardsigmoid(self._nodes[-1], self._modules)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from .._chain import INPUT, Link, Part
-from .._chain_elements import Classifier, Convolution, Element, FrozenSite, GatedConvolution, Site
+from .._chain_elements import Classifier, Convolution, Element, FrozenSite, Gate, GatedConvolution, Site
 from .._combinations import MaxPool
 from .._compat import is_patched_convolution, is_plain_convolution
 from .._padding import NO_PADS, Pads, convolution_pads, pad_map, sum_of_pads
@@ -23,7 +23,7 @@ from .gates import gate_behind
 from .heads import head_behind, rank_of_pooled
 from .maps import Maps, channels_of
 from .program import FusedSite
-from .sites import input_of, is_depthwise_map, is_plain_pointwise, is_whole_convolution, zero_pads
+from .sites import input_of, is_depthwise_map, is_plain_pointwise, is_pointwise_layer, is_whole_convolution, zero_pads
 from .tails import only_reader, tail_behind
 
 
@@ -79,7 +79,8 @@ class Run(Flow):
     def elements(self, frozen: Frozen) -> list[Element]:
         """What it consists of."""
         elements = [step.make(frozen) for step in self.steps]
-        elements[0].modules = [*elements[0].modules, *self._modules_of(self._views)]
+        activations = [node for node in self._activations if node in set(self._nodes)]
+        elements[0].modules = [*elements[0].modules, *self._modules_of([*self._views, *activations])]
         return elements
 
     def links(self) -> list[Link]:
@@ -96,7 +97,7 @@ class Run(Flow):
             return found._replace(map=owners[found.map])
 
         return [
-            Link(numbered(step.input), numbered(part), numbered(step.residual))
+            Link(numbered(step.input), numbered(part), numbered(step.residual), step.activation)
             for step, part in zip(self.steps, written, strict=True)
         ]
 
@@ -151,7 +152,9 @@ class Run(Flow):
         source = input_of(node)
         if source not in self._values:
             return False
-        if self._take_layer(node, source) or self._take_shuffle(node, source) or self._take_pool(node, source):
+        if self._take_activation(node, source) or self._take_layer(node, source):
+            return True
+        if self._take_shuffle(node, source) or self._take_pool(node, source):
             return True
         return rank_of_pooled(node, self._modules) is not None and (
             self._take_gate(node, source) or self._take_head(source)
@@ -172,7 +175,7 @@ class Run(Flow):
         if node.all_input_nodes != [source]:
             return False
         if not isinstance(target, FusedSite) and (module is None or not is_block(module)):
-            fits = is_plain_pointwise(module) or is_depthwise_map(module)
+            fits = is_pointwise_layer(module) or is_depthwise_map(module)
             return self._take_convolution([node], module, NO_PADS) if fits else self._take_whole_convolution(node)
         if isinstance(target, FusedSite):
             site, key, separable, modules = target, target.dw, target.separable, target.modules
@@ -226,11 +229,11 @@ class Run(Flow):
         if read is None:
             return False
         pool = MaxPool(read.channels, kernel, stride, padding, [module])
-        self._add_step(lambda frozen: pool, [node], read, read.channels, adds=False)
+        self._add_step(lambda frozen: pool, [node], read, read.channels, adds=False, activates=False)
         return True
 
     def _take_gate(self, pool: fx.Node, source: fx.Node) -> bool:
-        """Squeeze-and-excitation of the map that ``pool`` reads, and the 1x1 convolution behind it."""
+        """Squeeze-and-excitation of the map that ``pool`` reads, with a 1x1 convolution behind it."""
         value = self._maps.joined([self._values[source]])
         gate = gate_behind(pool, channels_of(value), self._modules)
         product = None if gate is None or len(gate.nodes[-1].users) != 1 else next(iter(gate.nodes[-1].users))
@@ -240,18 +243,19 @@ class Run(Flow):
         names = [name for name in names if self._maps.joined([self._values[name]]) == value]
         if not any(multiplies(product, name, gate.nodes[-1]) for name in names):
             return False
-        inner = [*gate.nodes, product, *self._passed_on(product)]
-        reader = only_reader(inner[-1])
-        conv = None if reader is None else self._module(reader)
-        if not is_plain_pointwise(conv) or conv.in_channels != channels_of(value):
-            return False
         read = self._readable(source)
         if read is None:
             return False
+        nodes = [*gate.nodes, product]
+        inner = [*nodes, *self._passed_on(product)]
+        reader = only_reader(inner[-1])
+        conv = None if reader is None else self._module(reader)
+        if not is_plain_pointwise(conv) or conv.in_channels != read.channels:
+            element = Gate(gate.products, self._modules_of(nodes))
+            self._add_step(lambda frozen: element, nodes, read, read.channels, adds=False)
+            return True
         project, nodes = self._read_convolution([reader], conv, NO_PADS, NO_PADS)
-        element = GatedConvolution(
-            gate.reduce, gate.activation, gate.expand, gate.gate_activation, project, self._modules_of(inner)
-        )
+        element = GatedConvolution(gate.products, project, self._modules_of(inner))
         self._add_step(lambda frozen: element, [*inner, *nodes], read, conv.out_channels)
         return True
 

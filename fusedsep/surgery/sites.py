@@ -174,6 +174,14 @@ def is_plain_pointwise(module: nn.Module | None) -> bool:
     return module is not None and why_not_pointwise(module) is None and is_plain_convolution(module)
 
 
+def is_pointwise_layer(conv: nn.Module | None) -> bool:
+    """Whether ``conv`` is a 1x1 convolution, also of every second pixel, and runs torch's own forward."""
+    if conv is None or not isinstance(conv, nn.Conv2d) or tuple(conv.stride) != (2, 2):
+        return is_plain_pointwise(conv)
+    sizes = tuple(conv.kernel_size), conv.groups, conv.padding
+    return sizes == ((1, 1), 1, (0, 0)) and is_plain_convolution(conv)
+
+
 def is_first_convolution(conv: nn.Module | None) -> bool:
     """Whether ``conv`` is a whole convolution, as below, of images."""
     return is_whole_convolution(conv) and conv.in_channels <= MOST_IMAGE_CHANNELS
