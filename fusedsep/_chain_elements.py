@@ -15,7 +15,7 @@ from . import _C, _kernel_path, _ops
 from ._activations import ACTIVATION_CODES, LAYER_ACTIVATION_CODES, apply_activation
 from ._checks import checked_pads
 from ._combinations import Combination, MaxPool
-from ._fold import scale_and_shift
+from ._fold import scale_and_shift, scale_and_shift_tensors
 from ._ops import ChainLayer
 from ._padding import NO_PADS, Pads, pad_map, resolve_padding, sum_of_pads
 
@@ -80,8 +80,7 @@ class Convolution:
         return [*_places_of(self.conv), *_places_of_norm(self.bn)]
 
     def pack(self, nchw: bool) -> torch.Tensor:
-        scale, shift = scale_and_shift(self.conv, self.bn)
-        weight = self.conv.weight
+        weight, scale, shift = self._folded()
         if self.is_depthwise:
             return _ops.pack_depthwise(weight.contiguous(), scale, shift)
         if not self.is_pointwise and not nchw:
@@ -112,10 +111,64 @@ class Convolution:
         return [layer], *layer.sizes(height, width)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.conv(pad_map(x, self.pads, self.conv.stride[0], self.conv.dilation[0]))
+        x = self._convolve(x)
         if self.bn is not None:
             x = self.bn(x)
         return x if self.carried else apply_activation(self.activation, x)
+
+    def _folded(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Weight, and scale and shift of each output channel in float64."""
+        return self.conv.weight, *scale_and_shift(self.conv, self.bn)
+
+    def _convolve(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(pad_map(x, self.pads, self.conv.stride[0], self.conv.dilation[0]))
+
+
+class Branch(NamedTuple):
+    """``bn(conv(x))``; without either of them ``None`` stands in its place."""
+
+    conv: nn.Conv2d | None
+    bn: nn.Module | None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x = x if self.conv is None else self.conv(x)
+        return x if self.bn is None else self.bn(x)
+
+
+class SumOfBranches(Convolution):
+    """``activation(bn(sum(branch(x) for branch in branches)))`` as one convolution.
+
+    Args:
+        branches: of one stride, whose convolutions have odd kernels and keep the size of a map at stride 1.
+        conv: the one of them with the largest kernel.
+
+    Source: X. Ding et al., "RepVGG", 2021, section 3.3.
+    """
+
+    def __init__(self, branches: list[Branch], conv: nn.Conv2d, *args: Any) -> None:
+        super().__init__(conv, *args)
+        self.branches = branches
+
+    def places(self) -> list[Place]:
+        convs = [place for branch in self.branches if branch.conv is not None for place in _places_of(branch.conv)]
+        norms = [place for branch in self.branches for place in _places_of_norm(branch.bn)]
+        return [*convs, *norms, *_places_of_norm(self.bn)]
+
+    def _folded(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        whole = self.conv.weight
+        weight, bias = torch.zeros_like(whole, dtype=torch.double), whole.new_zeros(len(whole), dtype=torch.double)
+        for conv, bn in self.branches:
+            own = _identity_like(whole) if conv is None else conv.weight.double()
+            scale, shift = scale_and_shift_tensors(None if conv is None else conv.bias, bn)
+            around = (whole.shape[-1] - own.shape[-1]) // 2
+            inner = weight[..., around : around + own.shape[-1], around : around + own.shape[-1]]
+            inner += own if scale is None else own * scale.view(-1, 1, 1, 1)
+            bias += 0 if shift is None else shift
+        scale, shift = scale_and_shift_tensors(bias, self.bn)
+        return (weight if scale is None else weight * scale.view(-1, 1, 1, 1)).to(whole.dtype), None, shift
+
+    def _convolve(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(branch(x) for branch in self.branches)
 
 
 class Site:
@@ -355,6 +408,14 @@ def _places_of_norm(bn: nn.Module | None) -> list[Place]:
     if bn is None:
         return []
     return [*_places_of(bn), (vars(bn), "_buffers", "running_mean"), (vars(bn), "_buffers", "running_var")]
+
+
+def _identity_like(weight: torch.Tensor) -> torch.Tensor:
+    """The 1x1 convolution that hands its map on, for as many channels and groups as ``weight``."""
+    out_channels, depth = weight.shape[:2]
+    own = torch.zeros(out_channels, depth, 1, 1, dtype=torch.double, device=weight.device)
+    own[torch.arange(out_channels), torch.arange(out_channels) % depth] = 1
+    return own
 
 
 def _pack_product(weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:

@@ -94,6 +94,18 @@ class Random(nn.Module):
     def excite(self, number, channels, halved):
         self.add(gate, [number], (channels, halved), nn.Conv2d(channels, 4, 1), nn.Conv2d(4, channels, 1))
 
+    def reparametrize(self, number, channels, halved):
+        draw, groups = self.draw, self.draw.choice([1, channels])
+        convs = [ConvBNAct(channels, channels, draw.choice([1, 3, 3]), 1, groups, activation=None) for _ in range(2)]
+        draw.choice(convs)[1] = draw.choice([nn.BatchNorm2d(channels), nn.Identity()])
+        functions = [
+            lambda x, a, b, bn: a(x) + b(x) + x,
+            lambda x, a, b, bn: bn(add_in_place(a(x), b(x))),
+            lambda x, a, b, bn: torch.relu(bn(x) + a(x)),
+            lambda x, a, b, bn: sum([a(x), bn(x), b(x)]),
+        ]
+        self.add(draw.choice(functions), [number], (channels, halved), *convs, nn.BatchNorm2d(channels))
+
     def activate(self, number, channels, halved):
         functions = [torch.relu, torch.relu_, F.relu6, F.silu, torch.sigmoid_, lambda x: x * torch.sigmoid(x)]
         if self.draw.random() < 0.5:
@@ -108,7 +120,7 @@ class Random(nn.Module):
         if self.draw.random() < 0.4:
             self.add(function, [number], (channels, halved))
 
-    KINDS = (*6 * (layer,), *2 * (join, sum, activate), cut, shuffle, halve, excite, other)
+    KINDS = (*6 * (layer,), *2 * (join, sum, activate), cut, shuffle, halve, excite, reparametrize, other)
 
     def forward(self, x):
         maps = []

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import fx
@@ -36,6 +38,8 @@ def call_passes_on(node: fx.Node) -> bool:
     """The same for the call of a function."""
     if node.op != "call_function":
         return False
+    if node.target in (operator.add, operator.iadd):
+        return any(isinstance(given, (int, float)) and given == 0 for given in node.args)
     if node.target in _DROPOUT_FUNCTIONS:
         names = ("p", "training")
     elif (node.target.__module__, node.target.__name__) == _STOCHASTIC_DEPTH:

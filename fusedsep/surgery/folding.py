@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import torch.nn as nn
 from torch import fx
 
-from .._chain_elements import Classifier, Convolution, Element, Gate, GatedConvolution
+from .._chain_elements import Classifier, Convolution, Element, Gate, GatedConvolution, SumOfBranches
 from .._compat import has_hooks, is_plain_convolution
 from .._fold import fold_tensors
 
@@ -69,7 +69,9 @@ class Folding:
             for part in _convolutions(element):
                 if part.bn in replaced:
                     part.bn, part.carried = None, False
-                    part.modules = [replaced.get(module, module) for module in part.modules]
+                part.modules = [replaced.get(module, module) for module in part.modules]
+                if isinstance(part, SumOfBranches):
+                    part.branches = [each._replace(bn=None) if each.bn in replaced else each for each in part.branches]
             if isinstance(element, (Classifier, Gate)):
                 element.products = [
                     product._replace(bn=None, carried=False) if product.bn in replaced else product
@@ -81,7 +83,10 @@ def _pairs(elements: list[Element]) -> Iterator[tuple[nn.Module, nn.Module, str]
     """The layers with a BN behind them that may be folded, the BN, and the activation that it applies itself."""
     for element in elements:
         for part in _convolutions(element):
-            if part.bn is not None and is_plain_convolution(part.conv):
+            if isinstance(part, SumOfBranches):
+                pairs = [branch for branch in part.branches if branch.conv is not None and branch.bn is not None]
+                yield from ((conv, bn, "none") for conv, bn in pairs)
+            elif part.bn is not None and is_plain_convolution(part.conv):
                 yield part.conv, part.bn, part.activation if part.carried else "none"
         for product in element.products if isinstance(element, (Classifier, Gate)) else ():
             if product.bn is not None and isinstance(product.layer, nn.Conv2d) and is_plain_convolution(product.layer):

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import fx
 
 from .._chain import INPUT, Link, Part
-from .._chain_elements import Classifier, Convolution, Element, FrozenSite, Gate, GatedConvolution, Site
+from .._chain_elements import Classifier, Convolution, Element, FrozenSite, Gate, GatedConvolution, Site, SumOfBranches
 from .._combinations import MaxPool
 from .._compat import is_patched_convolution, is_plain_convolution
 from .._padding import NO_PADS, Pads, convolution_pads, pad_map, sum_of_pads
 from .activations import multiplies
 from .analysis import is_block
+from .branches import branches_from
 from .convolutions import PaddingUnknown, read_padding
 from .flow import Flow, Frozen, Step
 from .gates import gate_behind
@@ -41,7 +42,7 @@ class Run(Flow):
     def __init__(self, start: fx.Node, modules: dict[str, nn.Module], others: set[fx.Node]) -> None:
         super().__init__(modules)
         source = input_of(start)
-        if source is None or not self._take_layer(start, source):
+        if source is None or not (self._take_branches(start, source) or self._take_layer(start, source)):
             self.steps = []
             return
         closed, work = self._closed() or ([], self._maps, [], []), self._work
@@ -152,7 +153,7 @@ class Run(Flow):
         source = input_of(node)
         if source not in self._values:
             return False
-        if self._take_activation(node, source) or self._take_layer(node, source):
+        if self._take_activation(node, source) or self._take_branches(node, source) or self._take_layer(node, source):
             return True
         if self._take_shuffle(node, source) or self._take_pool(node, source):
             return True
@@ -168,6 +169,27 @@ class Run(Flow):
             return part
         part = self._readable(source)
         return part if part is not None and part.channels == channels else None
+
+    def _take_branches(self, node: fx.Node, source: fx.Node) -> bool:
+        """A sum of convolutions and BNs of one map."""
+        names, module = {source}, self._module(node)
+        if self.steps:
+            value = self._maps.joined([self._values[source]])
+            names = {name for name, each in self._values.items() if self._maps.joined([each]) == value}
+            channels = channels_of(value)
+        else:
+            channels = getattr(module, "in_channels", None) or getattr(module, "num_features", 0)
+        found = branches_from(node, names, channels, self._modules)
+        read = None if found is None else self._input_for(source, channels)
+        if read is None:
+            return False
+        conv, own = found.largest, own_pads(found.largest)
+        tail = tail_behind(found.nodes, self._modules, conv.out_channels)
+        modules = self._modules_of(tail.nodes)
+        element = SumOfBranches(found.terms, conv, tail.bn, tail.activation, modules, NO_PADS, own, tail.carried)
+        self._reads_images |= not self.steps and element.reads_images
+        self._add_step(lambda frozen: element, tail.nodes, read, conv.out_channels, is_depthwise=element.is_depthwise)
+        return True
 
     def _take_layer(self, node: fx.Node, source: fx.Node) -> bool:
         """A site, or a convolution, with what follows it."""

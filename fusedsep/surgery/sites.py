@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -394,6 +395,8 @@ def _read(
 def input_of(node: fx.Node) -> fx.Node | None:
     """The map that ``node`` reads: its first argument, or ``None`` if that is no node."""
     first = node.args[0] if node.args else node.kwargs.get("input")
+    if node.target is operator.add and isinstance(first, (int, float)):  # a sum of several begins with a 0
+        first = node.args[1]
     return first if isinstance(first, fx.Node) and node.op != "output" else None
 
 

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Sums of convolutions and BNs of one map, which are one convolution in eval mode: blocks to be reparametrized.
+
+Source: X. Ding et al., "RepVGG", 2021, section 3.3.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import fx
+
+from .._chain_elements import Branch
+from .._compat import is_plain_convolution
+from .batch_norms import NotABatchNorm, is_batch_norm, read_batch_norm
+from .dropouts import call_passes_on, passes_on
+from .sites import input_of, is_depthwise_map, is_pointwise_layer, is_whole_convolution
+
+_ADD = {operator.add, torch.add, "add"}
+_ADD_IN_PLACE = {operator.iadd, "add_"}
+_MAP = [Branch(None, None)]
+
+
+class Branches(NamedTuple):
+    """``sum(bn(conv(x)) for conv, bn in terms)``.
+
+    Attributes:
+        nodes: all of it, in order; the last one gives the sum.
+        terms: at least two of them with a module.
+        largest: the convolution of most taps, which all others fit into.
+    """
+
+    nodes: list[fx.Node]
+    terms: list[Branch]
+    largest: nn.Conv2d
+
+
+def branches_from(first: fx.Node, names: set[fx.Node], channels: int, modules: dict[str, nn.Module]) -> Branches | None:
+    """The longest sum that ``first`` begins, without a node of another kind in between.
+
+    Args:
+        names: the nodes that give the map, of ``channels``.
+    """
+    values = dict.fromkeys(names, _MAP)  # of nodes that are sums of branches
+    nodes: list[fx.Node] = []
+    found: Branches | None = None
+    node = first
+    while node.op == "get_attr" or (terms := _terms_of(node, values, channels, modules)) is not None:
+        if node.op != "get_attr":
+            values[node] = terms
+            nodes.append(node)
+            inner = [each for each in nodes if each is not node]
+            largest = _largest(terms, channels)
+            if largest is not None and all(set(nodes).issuperset(each.users) for each in inner):
+                found = Branches(list(nodes), terms, largest)
+        node = node.next
+    return found
+
+
+def _terms_of(
+    node: fx.Node, values: dict[fx.Node, list[Branch]], channels: int, modules: dict[str, nn.Module]
+) -> list[Branch] | None:
+    """What ``node`` is a sum of, or ``None``."""
+    if not values.keys() >= set(node.all_input_nodes) or not node.all_input_nodes:
+        return None
+    if node.op != "call_module":
+        if call_passes_on(node):
+            return values[node.all_input_nodes[0]]
+        return _sum_of(node, values, modules) if node.target in _ADD | _ADD_IN_PLACE else None
+    module, source = modules[node.target], input_of(node)
+    if source is None or node.all_input_nodes != [source] or "forward" in vars(module):
+        return None
+    given = values[source]
+    if passes_on(module):
+        return given
+    if isinstance(module, nn.Conv2d):
+        return [Branch(module, None)] if given is _MAP and module.in_channels == channels else None
+    if not is_batch_norm(module) or len(given) != 1 or given[0].bn is not None:
+        return None
+    try:
+        plain = read_batch_norm(module) == "none"
+    except NotABatchNorm:
+        return None
+    normalized = channels if given[0].conv is None else given[0].conv.out_channels
+    if not plain or module.training or module.running_mean is None or module.num_features != normalized:
+        return None
+    return [given[0]._replace(bn=module)]
+
+
+def _sum_of(node: fx.Node, values: dict[fx.Node, list[Branch]], modules: dict[str, nn.Module]) -> list[Branch] | None:
+    if node.kwargs or len(node.args) != 2 or len(node.all_input_nodes) != 2:
+        return None
+    a, b = node.args
+    if node.target in _ADD_IN_PLACE and not _is_only_read_by(node, a, values, modules):
+        return None
+    return values[a] + values[b]
+
+
+def _is_only_read_by(
+    node: fx.Node, written: fx.Node, values: dict[fx.Node, list[Branch]], modules: dict[str, nn.Module]
+) -> bool:
+    """Whether nobody else reads the memory of ``written``, which is not that of the map."""
+    while values[written] is not _MAP and list(written.users) == [node]:
+        node = written
+        if not (passes_on(modules[node.target]) if node.op == "call_module" else call_passes_on(node)):
+            return True
+        (written,) = node.all_input_nodes
+    return False
+
+
+def _largest(terms: list[Branch], channels: int) -> nn.Conv2d | None:
+    """The convolution that the others of ``terms`` are added to, if they are worth it and fit."""
+    convs = [term.conv for term in terms if term.conv is not None]
+    if not convs or sum(term != _MAP[0] for term in terms) < 2:
+        return None
+    largest = max(convs, key=lambda conv: conv.kernel_size[0])
+    has_kernel = is_pointwise_layer(largest) or is_depthwise_map(largest) or is_whole_convolution(largest)
+    if not has_kernel or not all(_fits(conv, largest) for conv in convs):
+        return None
+    keeps_the_map = largest.stride == (1, 1) and largest.out_channels == channels
+    return largest if keeps_the_map or len(convs) == len(terms) else None
+
+
+def _fits(conv: nn.Conv2d, largest: nn.Conv2d) -> bool:
+    """Whether the taps of ``conv`` are those in the middle of ``largest``, which has as many around as it pads with."""
+    half = conv.kernel_size[0] // 2
+    return (
+        is_plain_convolution(conv)
+        and conv.kernel_size == (2 * half + 1, 2 * half + 1)
+        and conv.padding in ((half, half), "same")
+        and conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+        and (conv.stride, conv.groups, conv.out_channels) == (largest.stride, largest.groups, largest.out_channels)
+    )
