@@ -14,7 +14,7 @@ ACTIVATION_CODES: dict[str, int] = {"none": 0, "relu": 1, "relu6": 2, "hardswish
 #: The same of what the training operators of one convolution apply besides (:mod:`fusedsep._convolution`).
 CONVOLUTION_ACTIVATION_CODES = {**ACTIVATION_CODES, "silu": 4}
 #: And of what the layers of a chain do (:mod:`fusedsep._chain_elements`).
-LAYER_ACTIVATION_CODES = {**CONVOLUTION_ACTIVATION_CODES, "sigmoid": 5, "hardsigmoid": 6}
+LAYER_ACTIVATION_CODES = {**CONVOLUTION_ACTIVATION_CODES, "sigmoid": 5, "hardsigmoid": 6, "gelu": 7}
 #: Code -> name.
 ACTIVATION_NAMES = {code: name for name, code in LAYER_ACTIVATION_CODES.items()}
 
@@ -26,6 +26,7 @@ _FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "sigmoid": torch.sigmoid,
     "hardsigmoid": F.hardsigmoid,
+    "gelu": F.gelu,
 }
 
 _MODULES: dict[str, type[nn.Module]] = {

@@ -20,7 +20,7 @@ from fusedsep._ops import (
     ChainLayer,
 )
 
-ACTIVATIONS = (lambda x: x, torch.relu, F.relu6, F.hardswish, F.silu, torch.sigmoid, F.hardsigmoid)
+ACTIVATIONS = (lambda x: x, torch.relu, F.relu6, F.hardswish, F.silu, torch.sigmoid, F.hardsigmoid, F.gelu)
 
 
 class Layer:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Networks with squeeze-and-excitation and with SiLU run in chains, fused and frozen."""
+"""Networks with squeeze-and-excitation, SiLU and GELU run in chains, fused and frozen."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ OTHERS = {
     "sum": Excited(gated(multiply=lambda x, g: x + g)),
     "in place": Excited(gated(multiply=lambda x, g: x.mul_(g))),
     "tanh": Excited(gated(gate=torch.tanh)),
-    "gelu": Excited(gated(act=F.gelu)),
+    "an approximation of GELU": Excited(gated(act=lambda x: F.gelu(x, approximate="tanh"))),
     "max": Excited(gated(mean=lambda x: x.amax((2, 3), keepdim=True))),
     "2x2": Excited(gated(mean=lambda x: F.adaptive_avg_pool2d(x, 2)[:, :, :1, :1])),
     "a 3x3 convolution": Excited(gated(), kernel=3),
@@ -235,10 +235,12 @@ def test_what_follows_may_be_another_layer(behind, chain_calls):
     assert_chains(model, torch.randn(2, 12, 14, 15), chain_calls, [expected])
 
 
-SILU = {
+SMOOTH = {
     "module": nn.SiLU,
     "in place": lambda: nn.SiLU(inplace=True),
     "swish": lambda: Swish(),
+    "GELU": nn.GELU,
+    "functional GELU": lambda: Gelu(),
 }
 
 
@@ -247,9 +249,14 @@ class Swish(nn.Module):
         return x * torch.sigmoid(x)
 
 
-@pytest.mark.parametrize("name", SILU)
-def test_silu(name, chain_calls):
-    act = SILU[name]
+class Gelu(nn.Module):
+    def forward(self, x):
+        return F.gelu(x, approximate="none")
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_silu_and_gelu(name, chain_calls):
+    act = SMOOTH[name]
     model = nn.Sequential(
         *(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), act()),
         *(depthwise(8), nn.BatchNorm2d(8), act(), pointwise(8, 9), nn.BatchNorm2d(9), act()),

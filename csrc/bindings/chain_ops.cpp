@@ -45,8 +45,8 @@ struct LayerNumbers {
     check_range("a layer's in_channels", in_channels, 0, kMost);
     check_range("a layer's output_begin", output_begin, 0, kMost);
     check_range("a layer's residual_begin", residual_begin, 0, kMost);
-    check_geometry(geometry, int64_t(Activation::kHardsigmoid));
-    check_range("a layer's joined_activation", joined_activation, 0, int64_t(Activation::kHardsigmoid));
+    check_geometry(geometry, kLastLayerActivation);
+    check_range("a layer's joined_activation", joined_activation, 0, kLastLayerActivation);
     STD_TORCH_CHECK(joined_activation == 0 || rows == Rows::kSum || has_weights(),
                     "neither an interleaved map nor a max pool in a chain has a joined_activation");
     STD_TORCH_CHECK(rows == Rows::kDepthwiseMap || geometry.activation <= kLastActivation,

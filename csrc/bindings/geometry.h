@@ -21,8 +21,9 @@ inline void check_range(const char* name, int64_t value, int64_t least, int64_t 
   }
 }
 
-constexpr int64_t kLastActivation = 3;         // but of layers of a chain,
-constexpr int64_t kLastTrainedActivation = 4;  // and in training of one convolution, which also knows SiLU
+constexpr int64_t kLastActivation = 3;         // of a separable convolution
+constexpr int64_t kLastTrainedActivation = 4;  // in training of one convolution, which also knows SiLU
+constexpr int64_t kLastLayerActivation = 7;    // of the layers of a chain
 
 inline void check_geometry(const Geometry& g, int64_t last_activation = kLastActivation) {
   constexpr int64_t kMost = 1 << 30;  // sums of a few of them stay far from overflow

@@ -69,6 +69,7 @@ void join(Join<typename V::T> p) {
     FUSEDSEP_JOIN(kSilu)
     FUSEDSEP_JOIN(kSigmoid)
     FUSEDSEP_JOIN(kHardsigmoid)
+    FUSEDSEP_JOIN(kGelu)
 #undef FUSEDSEP_JOIN
   }
 }

@@ -38,6 +38,7 @@ enum class Activation : int32_t {
   kSilu = 4,
   kSigmoid = 5,
   kHardsigmoid = 6,
+  kGelu = 7,
 };
 
 // What `h` is. Besides the depthwise stage, which gives this library its name, there are those that other layers of a

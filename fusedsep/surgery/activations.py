@@ -58,6 +58,8 @@ def activation_of_module(module: nn.Module) -> str | None:
     forward = type(module).forward
     if forward in (nn.Hardtanh.forward, nn.ReLU6.forward):
         return _clamp_name(module.min_val, module.max_val)
+    if forward is nn.GELU.forward:
+        return "gelu" if module.approximate == "none" else None
     return _MODULES.get(forward)
 
 
@@ -70,6 +72,8 @@ def activation_of_function(node: fx.Node) -> str | None:
         given = arguments_of(node, names)
         bounds = [given.get(name, _CLAMP_DEFAULTS[name]) for name in names]
         return _clamp_name(bounds[0], bounds[1] if len(bounds) > 1 else None)
+    if node.target is F.gelu:
+        return "gelu" if arguments_of(node, ()).get("approximate", "none") == "none" else None
     return _FUNCTIONS.get(node.target)
 
 

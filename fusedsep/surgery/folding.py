@@ -20,6 +20,7 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu6": nn.ReLU6,
     "hardswish": nn.Hardswish,
     "silu": nn.SiLU,
+    "gelu": nn.GELU,
 }
 
 
