@@ -62,6 +62,19 @@ def test_first_convolution_of_any_geometry(isa, stride, dilation, pads):
         assert y.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize(
+    ("stride", "dilation", "pads"),
+    [(1, 1, (1, 1, 1, 1)), (2, 1, (0, 1, 0, 1)), (1, 2, (2, 2, 2, 2)), (1, 1, (2, 2, 2, 2))],
+)
+def test_whole_convolutions_of_many_channels(isa, stride, dilation, pads):
+    """Depths of several chains of sums; maps of a column, of fewer than a tile has pixels, and of several tiles."""
+    torch.manual_seed(15)
+    for channels, (height, width) in itertools.product((40, 150), ((5, 3), (14, 14), (60, 37))):
+        layers = [Layer(PATCHES, channels, 37, stride, dilation, pads, (0, 1))]
+        x = torch.randn(3, channels, height, width)
+        assert_close(run(layers, x), exact(layers, x))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_first_convolution_of_any_channels(isa, dtype):
     """Output channels around whole, half and several vectors; depths of one chain of sums and of several."""

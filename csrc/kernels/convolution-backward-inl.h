@@ -98,7 +98,7 @@ void convolution_backward(const TrainingParams<typename V::T>& p, const Tile& ti
   product_gradient<V, true>(p, tile, [&](const Strip& strip) { return in_map<V, true>(gp, pitch, strip); });
   for (int64_t i = 0; i < p.conv.in_channels * pitch; ++i) totals[i] = 0;
   for_each_patch_part<V>(p.conv, [&](const Patch<T>& patch) {
-    for_each_run<V>(p.conv, patch, tile, [&](const Run<T>& run, const TapList<V>& taps, int64_t pixel) {
+    for_each_run<V, false>(p.conv, patch, tile, [&](const Run<T>& run, const TapList<V>& taps, int64_t pixel) {
       const int64_t blocks = block_count(taps.count, Tiling<V>::kTileRows);
       for (int64_t q = 0; q < pitch; q += Tiling<V>::kTileColumns) {
         const int64_t vectors = min_of(int64_t(Tiling<V>::kTileVectors), (pitch - q) / V::kLanes);

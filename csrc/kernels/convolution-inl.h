@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// A whole 3x3 convolution of few channels, the first one of a network, to channels_last:
+// A whole 3x3 convolution, as the first one of a network, to channels_last:
 //
 //   y[n,i,j,o] = act2( b2[o] + sum over k of  w2[o,k] * x[n, c, i*S + u*D - pad_top, j*S + v*D - pad_left] )
 //
@@ -8,7 +8,8 @@
 // the patches: in the order of k, each element of x is broadcast from where it lies in the image. Neighbouring pixels
 // of an output row are equally far from each other there, so that a tap is one offset for all of them.
 //
-// Borders: taps outside the map are left out. Pixels that leave out the same ones are worked on together.
+// Borders: taps outside the map are left out. Pixels that leave out the same ones are worked on together: neighbours in
+// a row, and at the left and right border neighbours in a column, which would else be alone.
 #pragma once
 
 #include "depthwise-inl.h"
@@ -106,19 +107,16 @@ struct TapList {
     if (rows == wanted_rows) return;
     rows = wanted_rows;
     count = 0;
-    int64_t k = 0;
-    const auto add = [&](int64_t channel, int64_t u, int64_t v) {
-      if (k >= patch.begin && k < patch.end && (rows >> u & 1) != 0 && (columns >> v & 1) != 0) {
+    const int64_t inner_count = patch.channels_first ? 9 : patch.channels;
+    int64_t outer = patch.begin / inner_count, inner = patch.begin % inner_count;
+    for (int64_t k = patch.begin; k < patch.end; ++k) {
+      const int64_t channel = patch.channels_first ? outer : inner, tap = patch.channels_first ? inner : outer;
+      const int64_t u = tap / 3, v = tap % 3;
+      if ((rows >> u & 1) != 0 && (columns >> v & 1) != 0) {
         taps[count++] = {
             u * patch.dilation * patch.of_row + v * patch.dilation * patch.of_column + channel * patch.of_channel, k};
       }
-      ++k;
-    };
-    for (int64_t outer = 0; outer < (patch.channels_first ? patch.channels : 9); ++outer) {
-      for (int64_t inner = 0; inner < (patch.channels_first ? 9 : patch.channels); ++inner) {
-        const int64_t channel = patch.channels_first ? outer : inner, tap = patch.channels_first ? inner : outer;
-        add(channel, tap / 3, tap % 3);
-      }
+      if (++inner == inner_count) inner = 0, ++outer;
     }
   }
 };
@@ -130,11 +128,13 @@ FUSEDSEP_INLINE int taps_inside(int64_t first, int64_t dilation, int64_t size) {
   return inside;
 }
 
-// Pixels of one output row that read the same taps.
+// Pixels of one output row, or one column, that read the same taps.
 template <typename T>
 struct Run {
-  const T* x;  // the first tap of the first pixel
-  int64_t step, count;
+  const T* x;    // the first tap of the first pixel
+  int64_t step;  // elements of x between them
+  int64_t count;
+  int64_t out_step = 1;  // pixels of the output from one to the next
 };
 
 // Vectors of half the lanes are taken where those of AVX-512 would be half empty. Without AVX-512VL they have 16
@@ -181,8 +181,9 @@ void convolve_run(const Run<typename V::T>& run, const TapList<V>& list, const t
   }
 }
 
-// f(run, taps, pixel) for the pixels of a tile, numbered from its first one, that read the same taps of `patch`.
-template <class V, class F>
+// f(run, taps, pixel) for the pixels of a tile, numbered from its first one, that read the same taps of `patch`. With
+// `kColumns`, those whose row reaches over the left or the right border come last, in runs along columns.
+template <class V, bool kColumns, class F>
 FUSEDSEP_INLINE void for_each_run(const SeparableParams<typename V::T>& p, const Patch<typename V::T>& patch,
                                   const Tile& tile, const F& f) {
   using T = typename V::T;
@@ -190,27 +191,54 @@ FUSEDSEP_INLINE void for_each_run(const SeparableParams<typename V::T>& p, const
   const int64_t map = p.height * patch.of_row * (patch.channels_first ? patch.channels : 1);
   const Span columns_inside = columns_inside_of(p, 0);
   TapList<V> lists[8];  // by the columns inside
-  const T* image = p.x + (tile.image + tile.begin / out_pixels) * map;
+  const T* const first_image = p.x + (tile.image + tile.begin / out_pixels) * map;
+  const auto place_of = [&](const T* image, int64_t i, int64_t j) {
+    return image + (i * p.stride - p.pad_top) * patch.of_row + (j * p.stride - p.pad_left) * patch.of_column;
+  };
+  const auto rows_of = [&](int64_t i) { return taps_inside(i * p.stride - p.pad_top, p.dilation, p.height); };
+  const auto columns_of = [&](int64_t j) { return taps_inside(j * p.stride - p.pad_left, p.dilation, p.width); };
+
+  const T* image = first_image;
   int64_t i = first / p.out_width, j = first % p.out_width;
   for (int64_t pixel = tile.begin; pixel < tile.end;) {
-    const int64_t row = i * p.stride - p.pad_top, column = j * p.stride - p.pad_left;
-    const int inside = taps_inside(column, p.dilation, p.width);
-    Run<T> run{image + row * patch.of_row + column * patch.of_column, p.stride * patch.of_column, 1};
     const int64_t most = min_of(tile.end - pixel, p.out_width - j);
-    if (j >= columns_inside.begin && j < columns_inside.end) {
+    const bool is_inside = j >= columns_inside.begin && j < columns_inside.end;
+    const int inside = columns_of(j);
+    Run<T> run{place_of(image, i, j), p.stride * patch.of_column, 1};
+    if (is_inside) {
       run.count = min_of(most, columns_inside.end - j);
     } else {
-      const auto reads_the_same = [&](int64_t m) {
-        return taps_inside(column + m * p.stride, p.dilation, p.width) == inside;
-      };
-      while (run.count < most && reads_the_same(run.count)) ++run.count;
+      while (run.count < most && columns_of(j + run.count) == inside) ++run.count;
     }
-    lists[inside].list(patch, taps_inside(row, p.dilation, p.height), inside);
-    f(run, lists[inside], pixel - tile.begin);
+    if (is_inside || !kColumns) {
+      lists[inside].list(patch, rows_of(i), inside);
+      f(run, lists[inside], pixel - tile.begin);
+    }
     pixel += run.count;
     j += run.count;
     if (j == p.out_width) j = 0, ++i;
     if (i == p.out_height) i = 0, image += map;
+  }
+
+  if (!kColumns) return;
+  image = first_image;
+  for (int64_t origin = tile.begin - first; origin < tile.end; origin += out_pixels, image += map) {
+    const int64_t begin = max_of(tile.begin - origin, 0), end = min_of(tile.end - origin, out_pixels);  // in the image
+    for (j = 0; j < p.out_width; ++j) {
+      if (j >= columns_inside.begin && j < columns_inside.end) {
+        j = columns_inside.end - 1;
+        continue;
+      }
+      const int64_t row_end = ceil_div(max_of(end - j, 0), p.out_width);
+      for (i = ceil_div(max_of(begin - j, 0), p.out_width); i < row_end;) {
+        Run<T> run{place_of(image, i, j), p.stride * patch.of_row, 1, p.out_width};
+        while (i + run.count < row_end && rows_of(i + run.count) == rows_of(i)) ++run.count;
+        const int inside = columns_of(j);
+        lists[inside].list(patch, rows_of(i), inside);
+        f(run, lists[inside], origin + i * p.out_width + j - tile.begin);
+        i += run.count;
+      }
+    }
   }
 }
 
@@ -238,9 +266,9 @@ void convolve(const SeparableParams<typename V::T>& p, const typename V::T* weig
   for_each_patch_part<V>(p, [&](const Patch<T>& patch) {
     const bool last = bias != nullptr && patch.end == p.in_channels;
     Epilogue<T> epilogue{nullptr, patch.begin == 0, last, p.pointwise_activation, nullptr, 0};
-    for_each_run<V>(p, patch, tile, [&](const Run<T>& run, const TapList<V>& taps, int64_t pixel) {
-      convolve_run<V>(run, taps, weights, p.in_channels, bias, column_begin, column_end, y + pixel * pitch, pitch,
-                      epilogue);
+    for_each_run<V, true>(p, patch, tile, [&](const Run<T>& run, const TapList<V>& taps, int64_t pixel) {
+      convolve_run<V>(run, taps, weights, p.in_channels, bias, column_begin, column_end, y + pixel * pitch,
+                      run.out_step * pitch, epilogue);
     });
   });
 }

@@ -217,7 +217,7 @@ class Run(Flow):
         return True
 
     def _take_whole_convolution(self, node: fx.Node) -> bool:
-        """A 3x3 convolution of few channels, behind nodes that put zeros around its map."""
+        """A 3x3 convolution of all channels, behind nodes that put zeros around its map."""
         nodes = [node]
         while not isinstance(conv := self._module(nodes[-1]), nn.Conv2d):
             reader = only_reader(nodes[-1])

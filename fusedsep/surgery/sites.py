@@ -28,9 +28,6 @@ from .batch_norms import NotABatchNorm, is_batch_norm, read_batch_norm
 from .convolutions import PaddingUnknown, read_padding
 from .dropouts import call_passes_on, passes_on
 
-#: Of a 3x3 convolution of more channels torch's own product is faster by more than a chain saves.
-_MOST_CHANNELS = 64
-
 
 class Chain:
     """One site in a graph: the nodes it covers, and what they compute."""
@@ -189,12 +186,11 @@ def is_first_convolution(conv: nn.Module | None) -> bool:
 
 
 def is_whole_convolution(conv: nn.Module | None) -> bool:
-    """Whether ``conv`` is a 3x3 convolution of few channels that the kernels run, whatever its forward does besides."""
+    """Whether ``conv`` is a 3x3 convolution of all channels that the kernels run, whatever its forward does besides."""
     return (
         isinstance(conv, nn.Conv2d)
         and tuple(conv.kernel_size) == (3, 3)
         and conv.groups == 1
-        and conv.in_channels <= _MOST_CHANNELS
         and conv.stride[0] == conv.stride[1] <= 2
         and conv.dilation[0] == conv.dilation[1]
         and conv.padding_mode == "zeros"
