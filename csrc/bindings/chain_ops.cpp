@@ -353,10 +353,10 @@ Tensor chain(const Tensor& x, const Tensor& packed, const std::string& text) {
 // `input` from `input_begin` on; -1 for what the layer in front of it writes. It writes a map of its own if `output` is
 // -1, and to channels of map `output` from `output_begin` on otherwise: maps side by side need no copy. `residual` is
 // the map whose channels from `residual_begin` on are added to what the layer gives, or that are interleaved; -1 for
-// none; `joined_activation` follows on the sum, or on what there is without one. `gated` stands in the place of `input` where a 1x1 convolution, or a
-// sum of one map, reads that map times what the layer in front of it gives for each channel; -1 for no such. The last
-// layer writes the output. `packed` is what `pack`, or `pack_depthwise`, returned for each layer that has weights, in
-// channels_last, one after the other.
+// none; `joined_activation` follows on the sum, or on what there is without one. `gated` stands in the place of `input`
+// where a 1x1 convolution, or a sum of one map, reads that map times what the layer in front of it gives for each
+// channel; -1 for no such. The last layer writes the output. `packed` is what `pack`, or `pack_depthwise`, returned for
+// each layer that has weights, in channels_last, one after the other.
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedsep, m) { m.def("chain(Tensor x, Tensor packed, str layers) -> Tensor"); }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedsep, CPU, m) { m.impl("chain", TORCH_BOX(&fusedsep::chain)); }
