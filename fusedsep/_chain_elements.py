@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -15,7 +16,7 @@ from . import _C, _kernel_path, _ops
 from ._activations import ACTIVATION_CODES, LAYER_ACTIVATION_CODES, apply_activation
 from ._checks import checked_pads
 from ._combinations import Combination, MaxPool
-from ._fold import scale_and_shift, scale_and_shift_tensors
+from ._fold import channels_of_norm, scale_and_shift, scale_and_shift_tensors
 from ._ops import ChainLayer
 from ._padding import NO_PADS, Pads, pad_map, resolve_padding, sum_of_pads
 
@@ -38,14 +39,15 @@ class Convolution:
 
     Args:
         conv: padded with zeros, with one stride (1 or 2) and one dilation for both directions, and one of: a 1x1
-            convolution without padding; one of 3x3 taps, not grouped; a depthwise one of 3x3, 5x5 or 7x7 taps, whose
-            dilation is 1.
+            convolution without padding; one of 3x3 taps; a depthwise one of an odd kernel, 3x3 to 11x11, whose dilation
+            is 1.
         bn: in eval mode with running statistics, or ``None``.
         activation: its name.
         modules: all that it stands for, as they are called.
         pads: zeros that are put around the map of the second kind besides its own.
         own_pads: those that ``conv`` puts around its map.
         carried: ``bn`` applies the activation itself.
+        group: the number of the group that it is, of those of a grouped convolution; ``None``: it is all of ``conv``.
     """
 
     def __init__(
@@ -57,24 +59,29 @@ class Convolution:
         pads: Pads | Literal["same"],
         own_pads: Pads | Literal["same"],
         carried: bool,
+        group: int | None = None,
     ) -> None:
         self.conv, self.bn, self.activation, self.modules = conv, bn, activation, modules
         self.pads, self.own_pads, self.carried = pads, own_pads, carried
         self.is_pointwise = tuple(conv.kernel_size) == (1, 1)
-        self.is_depthwise = not self.is_pointwise and conv.groups > 1
+        self.is_depthwise = not self.is_pointwise and conv.groups > 1 and group is None
+        self.out_channels = conv.out_channels if group is None else conv.out_channels // conv.groups
+        self.in_channels = conv.in_channels if group is None else conv.in_channels // conv.groups
+        first = 0 if group is None else group * self.out_channels
+        self._filters = slice(first, first + self.out_channels)  # of conv
+        self._normalized = self._filters  # of bn
+
+    def with_norm(self, bn: nn.Module, begin: int, activation: str, carried: bool) -> Convolution:
+        """The same with channels of ``bn`` from ``begin`` on, and an activation, behind it."""
+        other = copy.copy(self)
+        other.bn, other.activation, other.carried = bn, activation, carried
+        other._normalized = slice(begin, begin + self.out_channels)
+        return other
 
     @property
     def reads_images(self) -> bool:
         """Whether its map may be NCHW, as the first one of a chain: images, which have few channels."""
-        return not self.is_pointwise and not self.is_depthwise and self.conv.in_channels <= MOST_IMAGE_CHANNELS
-
-    @property
-    def in_channels(self) -> int:
-        return self.conv.in_channels
-
-    @property
-    def out_channels(self) -> int:
-        return self.conv.out_channels
+        return not self.is_pointwise and self.conv.groups == 1 and self.in_channels <= MOST_IMAGE_CHANNELS
 
     def places(self) -> list[Place]:
         return [*_places_of(self.conv), *_places_of_norm(self.bn)]
@@ -112,16 +119,31 @@ class Convolution:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = self._convolve(x)
-        if self.bn is not None:
-            x = self.bn(x)
-        return x if self.carried else apply_activation(self.activation, x)
+        bn = self._norm()
+        if bn is not self.bn:
+            x = F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
+        elif bn is not None:
+            x = bn(x)
+            return x if self.carried else apply_activation(self.activation, x)
+        return apply_activation(self.activation, x)
+
+    def _norm(self) -> Any:
+        """What of ``bn`` follows, if there is one."""
+        whole = self.bn is None or self.bn.num_features == self.out_channels
+        return self.bn if whole else channels_of_norm(self.bn, self._normalized)
 
     def _folded(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Weight, and scale and shift of each output channel in float64."""
-        return self.conv.weight, *scale_and_shift(self.conv, self.bn)
+        bias = None if self.conv.bias is None else self.conv.bias[self._filters]
+        return self.conv.weight[self._filters], *scale_and_shift_tensors(bias, self._norm())
 
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(pad_map(x, self.pads, self.conv.stride[0], self.conv.dilation[0]))
+        conv = self.conv
+        x = pad_map(x, self.pads, conv.stride[0], conv.dilation[0])
+        if self.out_channels == conv.out_channels:
+            return conv(x)
+        bias = None if conv.bias is None else conv.bias[self._filters]
+        return F.conv2d(x, conv.weight[self._filters], bias, conv.stride, conv.padding, conv.dilation)
 
 
 class Branch(NamedTuple):
@@ -164,7 +186,7 @@ class SumOfBranches(Convolution):
             inner = weight[..., around : around + own.shape[-1], around : around + own.shape[-1]]
             inner += own if scale is None else own * scale.view(-1, 1, 1, 1)
             bias += 0 if shift is None else shift
-        scale, shift = scale_and_shift_tensors(bias, self.bn)
+        scale, shift = scale_and_shift_tensors(bias, self._norm())
         return (weight if scale is None else weight * scale.view(-1, 1, 1, 1)).to(whole.dtype), None, shift
 
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -37,6 +38,14 @@ def scale_and_shift_tensors(
         if bn.bias is not None:
             shift = shift + bn.bias.double()
         return scale, shift
+
+
+def channels_of_norm(bn: Any, channels: slice) -> Any:
+    """What normalizes some channels as ``bn`` does."""
+    names = ("weight", "bias", "running_mean", "running_var")
+    tensors = {name: getattr(bn, name) for name in names}
+    cut = {name: None if tensor is None else tensor[channels] for name, tensor in tensors.items()}
+    return SimpleNamespace(**cut, eps=bn.eps)
 
 
 def fold(conv: nn.Conv2d, bn: Any | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -155,7 +155,7 @@ def check_chain(channels: int, size: int, dtype: torch.dtype) -> None:
     alone = [
         [depthwise_map(count, kernel, stride, residual=0 if stride == 1 else -1)]
         for count in (channels, channels + 16)
-        for kernel in (3, 5, 7)
+        for kernel in (3, 5, 7, 11)
         for stride in (1, 2)
     ]
     joined = [joined_network(5)[:length] for length in (2, 6, 8, 12, 15)]

@@ -88,7 +88,7 @@ def test_first_convolution_of_any_channels(isa, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize("kernel", [3, 5, 7, 9, 11])
 def test_depthwise_alone_of_any_channels(isa, dtype, kernel):
     """Channels around vectors and cache lines, columns around register tiles."""
     torch.manual_seed(8)
@@ -99,11 +99,11 @@ def test_depthwise_alone_of_any_channels(isa, dtype, kernel):
             assert_close(run(layers, x), exact(layers, x))
 
 
-@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize("kernel", [3, 5, 7, 9, 11])
 @pytest.mark.parametrize("pads", [(0, 0, 0, 0), (0, 1, 2, 0), (2, 1, 0, 3), (9, 11, 12, 10)])
 def test_depthwise_alone_of_any_padding(isa, kernel, pads):
     torch.manual_seed(8)
-    for stride, size in itertools.product((1, 2), (7, 8, 15)):
+    for stride, size in itertools.product((1, 2), (kernel, kernel + 1, 15)):
         layers = [depthwise_map(19, kernel, stride, pads, activation=2)]
         x = torch.randn(2, 19, size, size + 1)
         y = run(layers, x)
@@ -367,6 +367,6 @@ def test_shapes_while_tracing():
     ):
         inputs = arguments(layers, torch.randn(2, 3, 16, 18))
         torch.library.opcheck(_ops.chain, inputs, test_utils=utils)
-    for kernel in (3, 5, 7):
+    for kernel in (3, 7, 11):
         weight, scale = torch.randn(5, 1, kernel, kernel), torch.ones(5).double()
         torch.library.opcheck(_ops.pack_depthwise, (weight, scale, scale), test_utils=utils)

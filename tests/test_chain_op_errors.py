@@ -116,7 +116,7 @@ def test_depthwise_alone_refuses_what_it_cannot_run():
         return changed_text(text, 0, **fields)
 
     for message, wrong in {
-        "kernel must be from 3 to 7, got 9": (x, packed, changed(kernel=9)),
+        "kernel must be from 3 to 11, got 13": (x, packed, changed(kernel=13)),
         "kernel must be odd": (x, packed, changed(kernel=4)),
         "weights of layer 0": (x, packed, changed(kernel=7)),
         "has dilation 1 and one activation": (x, packed, changed(dilation=2)),
@@ -129,7 +129,7 @@ def test_depthwise_alone_refuses_what_it_cannot_run():
     weight = torch.randn(8, 1, 5, 5)
     for message, arguments_of_pack in {
         r"weight must be a contiguous CPU tensor of shape \[C, 1, K, K\]": (weight[:, :, :4], None, None),
-        "with K 3, 5 or 7": (torch.randn(8, 1, 4, 4), None, None),
+        "with K odd and from 3 to 11": (torch.randn(8, 1, 4, 4), None, None),
         "float32 or float64": (weight.half(), None, None),
         "scale must be a contiguous float64 CPU tensor of 8 elements": (weight, torch.ones(8), None),
         "bias must be a contiguous float64 CPU tensor of 8 elements": (weight, None, torch.ones(7).double()),

@@ -57,6 +57,8 @@ LAYERS_OF_CHAINS = {
     "squeeze-excitation",
     "5x5",
     "SiLU",
+    "strided 1x1",
+    "two activations",
     "convolution that detaches its weight",
     "convolution that reverses gradients",
 }

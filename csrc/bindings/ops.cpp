@@ -52,9 +52,9 @@ Tensor pack(const Tensor& dw_weight, const std::optional<Tensor>& dw_scale, cons
 // Of a depthwise convolution alone, for a chain.
 Tensor pack_depthwise(const Tensor& weight, const std::optional<Tensor>& scale, const std::optional<Tensor>& bias) {
   const int64_t kernel = weight.dim() == 4 ? weight.size(2) : 0;
-  STD_TORCH_CHECK((kernel == 3 || kernel == 5 || kernel == 7) && weight.size(3) == kernel && weight.size(0) >= 1 &&
+  STD_TORCH_CHECK(kernel >= 3 && kernel <= 11 && kernel % 2 == 1 && weight.size(3) == kernel && weight.size(0) >= 1 &&
                       weight.size(1) == 1 && weight.is_contiguous() && weight.is_cpu(),
-                  "weight must be a contiguous CPU tensor of shape [C, 1, K, K] with K 3, 5 or 7");
+                  "weight must be a contiguous CPU tensor of shape [C, 1, K, K] with K odd and from 3 to 11");
   const int64_t channels = weight.size(0);
   check_vector("scale", scale, channels, Place::cpu());
   check_vector("bias", bias, channels, Place::cpu());

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// A depthwise convolution alone, of 3x3, 5x5 or 7x7 taps, with its activation, in channels_last: what networks have
-// where no pointwise convolution follows at once, or where the taps are more than nine.
+// A depthwise convolution alone, of an odd kernel from 3x3 to 11x11 taps, with its activation, in channels_last: what
+// networks have where no pointwise convolution follows at once, or where the taps are more than nine.
 #pragma once
 
 #include "activation-inl.h"
@@ -57,7 +57,7 @@ int64_t depthwise_map_scratch_size(const SeparableParams<typename V::T>& p) {
 template <class V>
 struct MapSegment {
   using T = typename V::T;
-  const T* row[7];   // the kept rows, at the first pixel's first tap; null: outside the map
+  const T* row[11];  // the kept rows, at the first pixel's first tap; null: outside the map
   const T* weights;  // a bias and the taps
   Activation activation;
   T* y;
@@ -77,7 +77,7 @@ __attribute__((noinline)) void depthwise_map_segment(const MapSegment<V>& segmen
     const auto* x = segment.row[u];
     if (x == nullptr) continue;
     const auto* weights = segment.weights + (1 + u * kKernel) * L;
-    FUSEDSEP_UNROLL(7)
+    FUSEDSEP_UNROLL(11)
     for (int v = 0; v < kKernel; ++v) {
       const V weight = V::load(weights + v * L);
       FUSEDSEP_UNROLL(16)
@@ -110,12 +110,14 @@ struct MapKernels {
   using Function = void (*)(const MapSegment<V>&);
   static constexpr int kMost = kMapPixels<V>;
 
-  Function table[3][2][kMost];  // [kernel / 2 - 1][stride - 1][pixels - 1]
+  Function table[5][2][kMost];  // [kernel / 2 - 1][stride - 1][pixels - 1]
 
   constexpr MapKernels() : table{} {
     fill<3, kMost>();
     fill<5, kMost>();
     fill<7, kMost>();
+    fill<9, kMost>();
+    fill<11, kMost>();
   }
 
   template <int kKernel, int M>

@@ -53,8 +53,8 @@ enum class Rows : int32_t {
   // The mean of each map, for a product that is a classifier: out_height = out_width = 1.
   kMeans = 3,
   kPixels = 4,  // x itself, for a 1x1 convolution alone
-  // No product follows: the depthwise convolution alone, where `kernel` may be 5 or 7 too; y is h. It has kernels of
-  // its own, `depthwise_map`.
+  // No product follows: the depthwise convolution alone, where `kernel` may be odd and up to 11; y is h. It has kernels
+  // of its own, `depthwise_map`.
   kDepthwiseMap = 5,
   // No convolution at all, and no weights, for `combine`: y = act(x + residual), act(x * gate) or act(x),
   kSum = 6,

@@ -17,7 +17,7 @@ from .._chain_elements import Branch
 from .._compat import is_plain_convolution
 from .batch_norms import NotABatchNorm, is_batch_norm, read_batch_norm
 from .dropouts import call_passes_on, passes_on
-from .sites import input_of, is_depthwise_map, is_pointwise_layer, is_whole_convolution
+from .sites import input_of, is_depthwise_layer, is_pointwise_layer, is_whole_convolution
 
 _ADD = {operator.add, torch.add, "add"}
 _ADD_IN_PLACE = {operator.iadd, "add_"}
@@ -117,7 +117,7 @@ def _largest(terms: list[Branch], channels: int) -> nn.Conv2d | None:
     if not convs or sum(term != _MAP[0] for term in terms) < 2:
         return None
     largest = max(convs, key=lambda conv: conv.kernel_size[0])
-    has_kernel = is_pointwise_layer(largest) or is_depthwise_map(largest) or is_whole_convolution(largest)
+    has_kernel = is_pointwise_layer(largest) or is_depthwise_layer(largest) or is_whole_convolution(largest)
     if not has_kernel or not all(_fits(conv, largest) for conv in convs):
         return None
     keeps_the_map = largest.stride == (1, 1) and largest.out_channels == channels

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -177,12 +178,22 @@ class Flow:
     def _view_of(self, node: fx.Node, whole: Value) -> Value | None:
         sections = sections_of(node, channels_of(whole))
         if sections is not None:
+            whole = self._uncut(whole, [end for _, end in sections])
             self._sections[node] = [cut(whole, *section) for section in sections]
             return None
         sliced = slice_of(node, channels_of(whole))
         if sliced is not None:
-            return cut(whole, *sliced)
+            return cut(self._uncut(whole, sliced), *sliced)
         return whole if self._passes_on(node) else None
+
+    def _uncut(self, value: Value, ends: Iterable[int]) -> Value:
+        """``value``, as one map if one of ``ends`` would cut a part of it, and nothing has to be copied for that."""
+        value = self._maps.joined([value])
+        bounds = list(itertools.accumulate(part.channels for part in value))
+        is_free = len(set(value)) == len(value) > 1 and all(map(self._maps.is_whole, value))
+        if not is_free or {0, *bounds}.issuperset(ends):
+            return value
+        return (self._maps.place(value),)
 
     def _take_addition(self, node: fx.Node) -> bool:
         """``a + b`` of two maps: a part of the step that gives the later one, if nobody else reads that."""

@@ -87,7 +87,11 @@ def _pairs(elements: list[Element]) -> Iterator[tuple[nn.Module, nn.Module, str]
             if isinstance(part, SumOfBranches):
                 pairs = [branch for branch in part.branches if branch.conv is not None and branch.bn is not None]
                 yield from ((conv, bn, "none") for conv, bn in pairs)
-            elif part.bn is not None and is_plain_convolution(part.conv):
+            elif (
+                part.bn is not None
+                and part.bn.num_features == part.conv.out_channels
+                and is_plain_convolution(part.conv)
+            ):
                 yield part.conv, part.bn, part.activation if part.carried else "none"
         for product in element.products if isinstance(element, (Classifier, Gate)) else ():
             if product.bn is not None and isinstance(product.layer, nn.Conv2d) and is_plain_convolution(product.layer):

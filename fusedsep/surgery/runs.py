@@ -17,6 +17,7 @@ from .._compat import is_patched_convolution, is_plain_convolution
 from .._padding import NO_PADS, Pads, convolution_pads, pad_map, sum_of_pads
 from .activations import multiplies
 from .analysis import is_block
+from .batch_norms import is_batch_norm
 from .branches import branches_from
 from .convolutions import PaddingUnknown, read_padding
 from .flow import Flow, Frozen, Step
@@ -24,7 +25,15 @@ from .gates import gate_behind
 from .heads import head_behind, rank_of_pooled
 from .maps import Maps, channels_of
 from .program import FusedSite
-from .sites import input_of, is_depthwise_map, is_plain_pointwise, is_pointwise_layer, is_whole_convolution, zero_pads
+from .sites import (
+    input_of,
+    is_depthwise_layer,
+    is_grouped_layer,
+    is_plain_pointwise,
+    is_pointwise_layer,
+    is_whole_convolution,
+    zero_pads,
+)
 from .tails import only_reader, tail_behind
 
 
@@ -153,7 +162,9 @@ class Run(Flow):
         source = input_of(node)
         if source not in self._values:
             return False
-        if self._take_activation(node, source) or self._take_branches(node, source) or self._take_layer(node, source):
+        if self._take_norm(node, source) or self._take_activation(node, source):
+            return True
+        if self._take_branches(node, source) or self._take_layer(node, source):
             return True
         if self._take_shuffle(node, source) or self._take_pool(node, source):
             return True
@@ -197,8 +208,9 @@ class Run(Flow):
         if node.all_input_nodes != [source]:
             return False
         if not isinstance(target, FusedSite) and (module is None or not is_block(module)):
-            fits = is_pointwise_layer(module) or is_depthwise_map(module)
-            return self._take_convolution([node], module, NO_PADS) if fits else self._take_whole_convolution(node)
+            if is_pointwise_layer(module) or is_depthwise_layer(module):
+                return self._take_convolution([node], module, NO_PADS)
+            return self._take_groups(node, module) or self._take_whole_convolution(node)
         if isinstance(target, FusedSite):
             site, key, separable, modules = target, target.dw, target.separable, target.modules
         else:
@@ -214,6 +226,54 @@ class Run(Flow):
         if read is None:
             return False
         self._add_step(make, [node], read, site.pw.out_channels, site=key)
+        return True
+
+    def _take_groups(self, node: fx.Node, conv: nn.Module | None) -> bool:
+        """A grouped convolution, not as the first step: each group reads some channels and writes some."""
+        fits = self.steps and is_grouped_layer(conv)
+        read = self._input_for(input_of(node), conv.in_channels) if fits else None
+        if read is None:
+            return False
+        own, tail = own_pads(conv), tail_behind([node], self._modules, conv.out_channels)
+        modules = self._modules_of(tail.nodes)
+        elements = [
+            Convolution(conv, tail.bn, tail.activation, modules, NO_PADS, own, tail.carried, group)
+            for group in range(conv.groups)
+        ]
+        parts = []
+        for group, element in enumerate(elements):
+            channels = element.in_channels
+            part = Part(read.map, read.begin + group * channels, channels)
+            parts.append(self._add_step(lambda frozen, element=element: element, [], part, element.out_channels))
+        self._nodes += tail.nodes
+        self._values[tail.nodes[-1]] = (self._maps.place(tuple(parts)),)
+        return True
+
+    def _take_norm(self, node: fx.Node, source: fx.Node) -> bool:
+        """A BN of maps side by side, which convolutions have given: each gets its channels."""
+        if not is_batch_norm(self._module(node)):
+            return False
+        value = self._maps.joined([self._values[source]])
+        tail = tail_behind([source], self._modules, channels_of(value))
+        nodes = tail.nodes[1:]
+        if tail.bn is None or nodes[0] is not node or len(set(value)) < len(value):
+            return False
+        steps, begin = list(self.steps), 0
+        for part in value:
+            step = steps[part.map - 1] if part.map >= 1 and self._maps.is_whole(part) else None
+            element = None if step is None or step.site is not None else step.make(None)
+            if not isinstance(element, Convolution) or element.bn is not None or element.activation != "none":
+                return False
+            if step.residual is not None or step.activation != "none" or not self._is_read_by(part, [node]):
+                return False
+            normalized = element.with_norm(tail.bn, begin, tail.activation, tail.carried)
+            steps[part.map - 1] = step._replace(make=lambda frozen, normalized=normalized: normalized)
+            begin += part.channels
+        self.steps = steps
+        self._work += 1
+        self._nodes += nodes
+        self._activations += nodes
+        self._values[nodes[-1]] = value
         return True
 
     def _take_whole_convolution(self, node: fx.Node) -> bool:
