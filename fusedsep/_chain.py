@@ -10,15 +10,10 @@ import torch.nn as nn
 
 from . import _C, _compat, _kernel_path, _ops
 from ._activations import LAYER_ACTIVATION_CODES, apply_activation
-from ._chain_elements import (
-    Classifier,
-    Convolution,
-    Element,
-    FrozenSite,
-    Place,
-    depthwise_of,
-    tensors_at,
-)
+from ._chain_convolutions import Convolution, FrozenSite
+from ._chain_elements import Element, depthwise_of
+from ._chain_layers import Place, tensors_at
+from ._chain_products import Classifier
 from ._combinations import Combination
 from ._dictionaries import Snapshot
 from ._ops import ChainLayer

@@ -17,7 +17,7 @@ from zoo import FUSABLE, LOOK_ALIKES, assert_as_close_to_float64, build, tensors
 
 import fusedsep
 from fusedsep._chain import LayerChain
-from fusedsep._chain_elements import Site
+from fusedsep._chain_convolutions import Site
 from fusedsep.surgery.program import FusedConvolution
 
 

@@ -96,5 +96,12 @@ def test_python_calls_the_kernels_from_one_place():
     package = ROOT / "fusedsep"
     calls = re.compile(r"torch\.ops\.fusedsep|_ops\.(separable_|pack\b|normalize|conv2d_|(depth|point)wise_)")
     callers = {str(path.relative_to(package)) for path in package.rglob("*.py") if calls.search(path.read_text())}
-    allowed = {"_ops.py", "_kernel_path.py", "_convolution.py", "_chain.py", "_chain_elements.py"}
+    allowed = {
+        "_ops.py",
+        "_kernel_path.py",
+        "_convolution.py",
+        "_chain.py",
+        "_chain_convolutions.py",
+        "_chain_layers.py",
+    }
     assert callers <= allowed | {"_training.py", "_sync.py"}

@@ -14,7 +14,9 @@ import torch.nn as nn
 
 from .. import _ops
 from .._chain import LayerChain
-from .._chain_elements import Classifier, Convolution, Gate, GatedConvolution, tensors_at
+from .._chain_convolutions import Convolution
+from .._chain_layers import tensors_at
+from .._chain_products import Classifier, Gate, GatedConvolution
 from .._frozen import FrozenSeparable
 from ._limits import Limits
 from ._measure import Times, time_interleaved

@@ -13,11 +13,12 @@ import torch
 import torch.nn as nn
 from torch import fx
 
-from .._chain_elements import Branch
+from .._chain_convolutions import Branch
 from .._compat import is_plain_convolution
 from .batch_norms import NotABatchNorm, is_batch_norm, read_batch_norm
 from .dropouts import call_passes_on, passes_on
-from .sites import input_of, is_depthwise_layer, is_pointwise_layer, is_whole_convolution
+from .layer_kinds import is_depthwise_layer, is_pointwise_layer, is_whole_convolution
+from .sites import input_of
 
 _ADD = {operator.add, torch.add, "add"}
 _ADD_IN_PLACE = {operator.iadd, "add_"}

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator
 import torch.nn as nn
 from torch import fx
 
-from .._chain_elements import Classifier, Convolution, Element, Gate, GatedConvolution, SumOfBranches
+from .._chain_convolutions import Convolution, SumOfBranches
+from .._chain_elements import Element
+from .._chain_products import Classifier, Gate, GatedConvolution
 from .._compat import has_hooks, is_plain_convolution
 from .._fold import fold_tensors
 

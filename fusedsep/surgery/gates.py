@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch.nn as nn
 from torch import fx
 
-from .._chain_elements import Product
+from .._chain_products import Product
 from .activations import composed_hardsigmoid, gate_of
 from .dropouts import call_passes_on, passes_on
 from .heads import rank_of_pooled
-from .sites import is_plain_pointwise
+from .layer_kinds import is_plain_pointwise
 from .tails import only_reader, tail_behind
 
 

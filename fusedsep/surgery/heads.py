@@ -11,10 +11,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import fx
 
-from .._chain_elements import Product
+from .._chain_products import Product
 from .activations import arguments_of
 from .dropouts import call_passes_on, passes_on
-from .sites import input_of, is_plain_pointwise
+from .layer_kinds import is_plain_pointwise
+from .sites import input_of
 from .tails import only_reader, tail_behind
 from .tracing import CallForm, Tracer, Untraceable
 

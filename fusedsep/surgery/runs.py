@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import fx
 
 from .._chain import INPUT, Link, Part
-from .._chain_elements import Classifier, Convolution, Element, FrozenSite, Gate, GatedConvolution, Site, SumOfBranches
+from .._chain_convolutions import Convolution, FrozenSite, Site, SumOfBranches
+from .._chain_elements import Element
+from .._chain_products import Classifier, Gate, GatedConvolution
 from .._combinations import MaxPool
 from .._compat import is_patched_convolution, is_plain_convolution
 from .._padding import NO_PADS, Pads, convolution_pads, pad_map, sum_of_pads
@@ -23,17 +25,16 @@ from .convolutions import PaddingUnknown, read_padding
 from .flow import Flow, Frozen, Step
 from .gates import gate_behind
 from .heads import head_behind, rank_of_pooled
-from .maps import Maps, channels_of
-from .program import FusedSite
-from .sites import (
-    input_of,
+from .layer_kinds import (
     is_depthwise_layer,
     is_grouped_layer,
     is_plain_pointwise,
     is_pointwise_layer,
     is_whole_convolution,
-    zero_pads,
 )
+from .maps import Maps, channels_of
+from .program import FusedSite
+from .sites import input_of, zero_pads
 from .tails import only_reader, tail_behind
 
 
