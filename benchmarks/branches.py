@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Networks whose blocks branch: channel shuffles, and maps beside each other."""
+"""Networks whose blocks branch: channel shuffles, maps beside each other, sums of convolutions."""
 
 from __future__ import annotations
 
+import itertools
 from typing import ClassVar
 
 import torch
@@ -132,3 +133,77 @@ class GhostNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.last(self.blocks(self.stem(x))).mean((2, 3), keepdim=True)
         return self.classifier(self.head(x).flatten(1))
+
+
+class XceptionBlock(nn.Module):
+    """Activation, separable convolution and BN, two or three times, and a shortcut around them."""
+
+    def __init__(self, widths: list[int], stride: int, starts_with_relu: bool = True) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for channels, out_channels in itertools.pairwise(widths):
+            layers.append(nn.ReLU(inplace=bool(layers)))
+            separable = nn.Conv2d(channels, channels, 3, 1, 1, groups=channels, bias=False)
+            layers += [separable, nn.Conv2d(channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)]
+        layers = layers if starts_with_relu else layers[1:]
+        self.long = nn.Sequential(*layers, nn.MaxPool2d(3, 2, 1)) if stride == 2 else nn.Sequential(*layers)
+        self.short = _conv(widths[0], widths[-1], 1, 2, relu=False) if stride == 2 else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.long(x) + self.short(x)
+
+
+class Xception(nn.Module):
+    """Source: F. Chollet, "Xception: Deep Learning with Depthwise Separable Convolutions", 2017, figure 5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(
+            *(_conv(3, 32, 3, 2), _conv(32, 64, 3)),
+            XceptionBlock([64, 128, 128], 2, starts_with_relu=False),
+            *(XceptionBlock([128, 256, 256], 2), XceptionBlock([256, 728, 728], 2)),
+            *(XceptionBlock(4 * [728], 1) for _ in range(8)),
+            XceptionBlock([728, 728, 1024], 2),
+        )
+        ends = []
+        for channels, out_channels in ((1024, 1536), (1536, 2048)):
+            ends += [_conv(channels, channels, 3, 1, channels)[0], *_conv(channels, out_channels)]
+        self.last, self.classifier = nn.Sequential(*ends), nn.Linear(2048, 1000)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.last(self.blocks(x)).mean((2, 3)))
+
+
+class MobileOneBlock(nn.Module):
+    """A convolution as the sum of two, one of them 1x1, and of a BN of the map where the sizes agree."""
+
+    def __init__(self, channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
+        super().__init__()
+        self.conv = _conv(channels, out_channels, kernel, stride, groups, relu=False)
+        self.scale = _conv(channels, out_channels, 1, stride, groups, relu=False) if kernel > 1 else None
+        self.skip = nn.BatchNorm2d(channels) if stride == 1 and channels == out_channels else None
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        branches = [branch for branch in (self.conv, self.scale, self.skip) if branch is not None]
+        return self.relu(sum(branch(x) for branch in branches))
+
+
+class MobileOne(nn.Module):
+    """S1, with the branches of its training.
+
+    Source: P. Vasu et al., "MobileOne: An Improved One millisecond Mobile Backbone", 2023, tables 2 and 3.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks, channels = [MobileOneBlock(3, 64, 3, 2)], 64
+        for out_channels, count in ((96, 2), (192, 8), (512, 10), (1280, 1)):
+            for number in range(count):
+                blocks.append(MobileOneBlock(channels, channels, 3, 1 if number > 0 else 2, channels))
+                blocks.append(MobileOneBlock(channels, out_channels, 1))
+                channels = out_channels
+        self.blocks, self.classifier = nn.Sequential(*blocks), nn.Linear(1280, 1000)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.blocks(x).mean((2, 3)))

@@ -78,6 +78,8 @@ OTHER_WHOLE_NETWORKS = [
     ("EfficientNet-B0", 128),
     ("ShuffleNetV2", 224),
     ("GhostNet", 224),
+    ("Xception", 224),
+    ("MobileOne-S1", 224),
 ]
 
 #: The entries of `NETWORKS` and the batch, for the comparison with other engines: everything that the paper crosses,

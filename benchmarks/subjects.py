@@ -212,6 +212,8 @@ OTHER_NETWORKS: dict[str, Callable[[], nn.Module]] = {
     **inverted_residuals.NETWORKS,
     "ShuffleNetV2": branches.ShuffleNetV2,
     "GhostNet": branches.GhostNet,
+    "Xception": branches.Xception,
+    "MobileOne-S1": branches.MobileOne,
 }
 
 
