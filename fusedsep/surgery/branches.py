@@ -16,7 +16,7 @@ from torch import fx
 from .._chain_convolutions import Branch
 from .._compat import is_plain_convolution
 from .batch_norms import NotABatchNorm, is_batch_norm, read_batch_norm
-from .dropouts import call_passes_on, passes_on
+from .dropouts import node_passes_on
 from .layer_kinds import is_depthwise_layer, is_pointwise_layer, is_whole_convolution
 from .sites import input_of
 
@@ -67,16 +67,14 @@ def _terms_of(
     """What ``node`` is a sum of, or ``None``."""
     if not values.keys() >= set(node.all_input_nodes) or not node.all_input_nodes:
         return None
+    if node_passes_on(node, modules):
+        return values[node.all_input_nodes[0]]
     if node.op != "call_module":
-        if call_passes_on(node):
-            return values[node.all_input_nodes[0]]
         return _sum_of(node, values, modules) if node.target in _ADD | _ADD_IN_PLACE else None
     module, source = modules[node.target], input_of(node)
     if source is None or node.all_input_nodes != [source] or "forward" in vars(module):
         return None
     given = values[source]
-    if passes_on(module):
-        return given
     if isinstance(module, nn.Conv2d):
         return [Branch(module, None)] if given is _MAP and module.in_channels == channels else None
     if not is_batch_norm(module) or len(given) != 1 or given[0].bn is not None:
@@ -106,7 +104,7 @@ def _is_only_read_by(
     """Whether nobody else reads the memory of ``written``, which is not that of the map."""
     while values[written] is not _MAP and list(written.users) == [node]:
         node = written
-        if not (passes_on(modules[node.target]) if node.op == "call_module" else call_passes_on(node)):
+        if not node_passes_on(node, modules):
             return True
         (written,) = node.all_input_nodes
     return False

@@ -48,3 +48,8 @@ def call_passes_on(node: fx.Node) -> bool:
         return False
     given = arguments_of(node, names)
     return given.get("training", True) is False or given.get("p", 0.5) == 0
+
+
+def node_passes_on(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """The same for a call of either kind."""
+    return passes_on(modules[node.target]) if node.op == "call_module" else call_passes_on(node)

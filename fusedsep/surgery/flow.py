@@ -17,7 +17,7 @@ from .._chain_elements import Element
 from .._combinations import Combination
 from .._frozen import FrozenSeparable
 from .activations import activation_of, composed_activation, gate_of, is_in_place
-from .dropouts import call_passes_on, passes_on
+from .dropouts import node_passes_on
 from .maps import Maps, Value, channels_of, cut
 from .tails import only_reader
 from .views import joined_by, sections_of, shuffle_of, slice_of
@@ -90,14 +90,10 @@ class Flow:
             if not name.startswith("parametrizations")
         ]
 
-    def _passes_on(self, node: fx.Node) -> bool:
-        module = self._module(node)
-        return call_passes_on(node) if module is None else passes_on(module)
-
     def _passed_on(self, node: fx.Node) -> list[fx.Node]:
         """The nodes that hand on what ``node`` gives, one after the other."""
         names: list[fx.Node] = []
-        while (reader := only_reader(node)) is not None and self._passes_on(reader):
+        while (reader := only_reader(node)) is not None and node_passes_on(reader, self._modules):
             names.append(reader)
             node = reader
         return names
@@ -184,7 +180,7 @@ class Flow:
         sliced = slice_of(node, channels_of(whole))
         if sliced is not None:
             return cut(self._uncut(whole, sliced), *sliced)
-        return whole if self._passes_on(node) else None
+        return whole if node_passes_on(node, self._modules) else None
 
     def _uncut(self, value: Value, ends: Iterable[int]) -> Value:
         """``value``, as one map if one of ``ends`` would cut a part of it, and nothing has to be copied for that."""

@@ -10,7 +10,7 @@ from torch import fx
 
 from .._chain_products import Product
 from .activations import composed_hardsigmoid, gate_of
-from .dropouts import call_passes_on, passes_on
+from .dropouts import node_passes_on
 from .heads import rank_of_pooled
 from .layer_kinds import is_plain_pointwise
 from .tails import only_reader, tail_behind
@@ -59,7 +59,7 @@ class _Search:
         """The reader of the last node, behind those that hand its map on; these are taken."""
         while (reader := only_reader(self._nodes[-1])) is not None:
             module = self._module(reader)
-            if not (call_passes_on(reader) if module is None else passes_on(module)):
+            if not node_passes_on(reader, self._modules):
                 return None if module is not None and "forward" in vars(module) else reader
             self._nodes.append(reader)
         return None

@@ -13,7 +13,7 @@ from torch import fx
 
 from .._chain_products import Product
 from .activations import arguments_of
-from .dropouts import call_passes_on, passes_on
+from .dropouts import node_passes_on
 from .layer_kinds import is_plain_pointwise
 from .sites import input_of
 from .tails import only_reader, tail_behind
@@ -67,7 +67,7 @@ class _Search:
                 return head
             nodes.append(reader)
             module = self._module(reader)
-            if call_passes_on(reader) if module is None else passes_on(module):
+            if node_passes_on(reader, self._modules):
                 continue
             fits = _is_linear(module) if rank == 2 else is_plain_pointwise(module)
             if not fits or "forward" in vars(module):

@@ -25,7 +25,7 @@ from .activations import (
 )
 from .batch_norms import NotABatchNorm, is_batch_norm, read_batch_norm
 from .convolutions import PaddingUnknown, read_padding
-from .dropouts import call_passes_on, passes_on
+from .dropouts import node_passes_on
 from .layer_kinds import is_depthwise_map, is_first_convolution, is_plain_pointwise
 
 
@@ -358,7 +358,7 @@ def _passes_on(node: fx.Node, source: fx.Node, modules: dict[str, nn.Module]) ->
     """Whether ``node`` gives ``source`` back unchanged."""
     if node.all_input_nodes != [source]:
         return False
-    return passes_on(modules[node.target]) if node.op == "call_module" else call_passes_on(node)
+    return node_passes_on(node, modules)
 
 
 def _read_module(path: str, module: nn.Module, activations: Collection[str]) -> _Step:

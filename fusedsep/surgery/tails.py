@@ -10,7 +10,7 @@ from torch import fx
 
 from .activations import activation_of_function, activation_of_module, composed_activation
 from .batch_norms import NotABatchNorm, is_batch_norm, read_batch_norm
-from .dropouts import call_passes_on, passes_on
+from .dropouts import node_passes_on
 from .sites import input_of
 
 
@@ -45,7 +45,7 @@ def tail_behind(nodes: list[fx.Node], modules: dict[str, nn.Module], channels: i
             break
         pending.append(reader)
         module = modules[reader.target] if reader.op == "call_module" else None
-        if call_passes_on(reader) if module is None else passes_on(module):
+        if node_passes_on(reader, modules):
             continue
         if module is not None and "forward" in vars(module):
             break
