@@ -78,6 +78,11 @@ class Convolution:
         """Whether its map may be NCHW, as the first one of a chain: images, which have few channels."""
         return not self.is_pointwise and self.conv.groups == 1 and self.in_channels <= MOST_IMAGE_CHANNELS
 
+    @property
+    def convolutions(self) -> list[nn.Conv2d]:
+        """The modules that it computes."""
+        return [self.conv]
+
     def places(self) -> list[Place]:
         return [*places_of(self.conv), *places_of_norm(self.bn)]
 
@@ -166,8 +171,12 @@ class SumOfBranches(Convolution):
         super().__init__(conv, *args)
         self.branches = branches
 
+    @property
+    def convolutions(self) -> list[nn.Conv2d]:
+        return [branch.conv for branch in self.branches if branch.conv is not None]
+
     def places(self) -> list[Place]:
-        convs = [place for branch in self.branches if branch.conv is not None for place in places_of(branch.conv)]
+        convs = [place for conv in self.convolutions for place in places_of(conv)]
         norms = [place for branch in self.branches for place in places_of_norm(branch.bn)]
         return [*convs, *norms, *places_of_norm(self.bn)]
 

@@ -16,4 +16,5 @@ Element = Convolution | Site | FrozenSite | Gate | Classifier | Combination | Ma
 
 def depthwise_of(elements: list[Element]) -> list[nn.Conv2d]:
     """Their convolutions that are depthwise by themselves."""
-    return [element.conv for element in elements if isinstance(element, Convolution) and element.is_depthwise]
+    alone = [element for element in elements if isinstance(element, Convolution) and element.is_depthwise]
+    return [conv for element in alone for conv in element.convolutions]

@@ -163,3 +163,11 @@ def test_bns_of_branches_are_folded():
         torch.testing.assert_close(frozen(x), model(x), rtol=1e-4, atol=1e-5)
         by_modules = type(frozen).forward(frozen, x)
         torch.testing.assert_close(by_modules, model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_report_names_all_branches():
+    depthwise = [f"{block}.{conv}" for block in (1, 3) for conv in ("conv_scale.0", "conv_kxk.0.0", "conv_kxk.1.0")]
+    for model in (mobileone(), fusedsep.fuse(mobileone()), fusedsep.freeze(mobileone().eval())):
+        report = fusedsep.fusion_report(model)
+        assert [site.name for site in report.chained] == depthwise
+        assert report.fused == report.skipped == []

@@ -28,11 +28,6 @@ def is_pointwise_layer(conv: nn.Module | None) -> bool:
     return sizes == ((1, 1), 1, (0, 0)) and is_plain_convolution(conv)
 
 
-def is_depthwise_layer(conv: nn.Module | None) -> bool:
-    """The same of a chain, whose kernels may be larger."""
-    return is_depthwise_map(conv, (3, 5, 7, 9, 11))
-
-
 def is_grouped_layer(conv: nn.Module | None) -> bool:
     """Whether each group of ``conv`` is a 1x1 or 3x3 convolution that is worth a product."""
     return (
@@ -74,3 +69,8 @@ def is_depthwise_map(conv: nn.Module | None, kernels: Collection[int] = (3, 5, 7
         and tuple(conv.dilation) == (1, 1)
         and conv.padding_mode == "zeros"
     )
+
+
+def is_depthwise_layer(conv: nn.Module | None) -> bool:
+    """The same of a chain, whose kernels may be larger."""
+    return is_depthwise_map(conv, (3, 5, 7, 9, 11))
