@@ -59,6 +59,7 @@ struct MapSegment {
   using T = typename V::T;
   const T* row[11];  // the kept rows, at the first pixel's first tap; null: outside the map
   const T* weights;  // a bias and the taps
+  int64_t kernel;
   Activation activation;
   T* y;
   const T* residual;                  // null: none
@@ -67,21 +68,29 @@ struct MapSegment {
   typename V::Mask mask;  // of y's lanes unless `whole`
 };
 
+// kKernel 0: the kernel of the segment, without a copy of the code for each of its columns.
 template <class V, int M, int kKernel, int kStride>
 __attribute__((noinline)) void depthwise_map_segment(const MapSegment<V>& segment) {
   constexpr int L = V::kLanes;
   V sum[M];
   FUSEDSEP_UNROLL(16)
   for (int m = 0; m < M; ++m) sum[m] = V::zero();
-  for (int u = 0; u < kKernel; ++u) {
+  const int64_t kernel = kKernel > 0 ? kKernel : segment.kernel;
+  for (int64_t u = 0; u < kernel; ++u) {
     const auto* x = segment.row[u];
     if (x == nullptr) continue;
-    const auto* weights = segment.weights + (1 + u * kKernel) * L;
-    FUSEDSEP_UNROLL(11)
-    for (int v = 0; v < kKernel; ++v) {
+    const auto* weights = segment.weights + (1 + u * kernel) * L;
+    const auto add_column = [&](int64_t v) __attribute__((always_inline)) {
       const V weight = V::load(weights + v * L);
       FUSEDSEP_UNROLL(16)
       for (int m = 0; m < M; ++m) sum[m] = V::fma(V::load(x + (m * kStride + v) * L), weight, sum[m]);
+    };
+    if constexpr (kKernel > 0) {
+      FUSEDSEP_UNROLL(7)
+      for (int v = 0; v < kKernel; ++v) add_column(v);
+    } else {
+      FUSEDSEP_UNROLL(1)
+      for (int64_t v = 0; v < kernel; ++v) add_column(v);
     }
   }
   const V bias = V::load(segment.weights);
@@ -110,20 +119,20 @@ struct MapKernels {
   using Function = void (*)(const MapSegment<V>&);
   static constexpr int kMost = kMapPixels<V>;
 
-  Function table[5][2][kMost];  // [kernel / 2 - 1][stride - 1][pixels - 1]
+  Function table[4][2][kMost];  // [kernel / 2 - 1, at most 3][stride - 1][pixels - 1]
 
   constexpr MapKernels() : table{} {
     fill<3, kMost>();
     fill<5, kMost>();
     fill<7, kMost>();
-    fill<9, kMost>();
-    fill<11, kMost>();
+    fill<0, kMost>();
   }
 
   template <int kKernel, int M>
   constexpr void fill() {
-    table[kKernel / 2 - 1][0][M - 1] = depthwise_map_segment<V, M, kKernel, 1>;
-    table[kKernel / 2 - 1][1][M - 1] = depthwise_map_segment<V, M, kKernel, 2>;
+    constexpr int kIndex = kKernel > 0 ? kKernel / 2 - 1 : 3;
+    table[kIndex][0][M - 1] = depthwise_map_segment<V, M, kKernel, 1>;
+    table[kIndex][1][M - 1] = depthwise_map_segment<V, M, kKernel, 2>;
     if constexpr (M > 1) fill<kKernel, M - 1>();
   }
 };
@@ -158,7 +167,7 @@ void depthwise_map(const SeparableParams<typename V::T>& p, int64_t row_begin, i
   const int64_t channels = p.in_channels, taps = p.kernel * p.kernel;
   const int64_t y_pitch = y_pitch_of(p), residual_pitch = residual_pitch_of(p);
   const KeptRows<V> rows(p);
-  const auto& kernels = kKernels.table[p.kernel / 2 - 1][p.stride - 1];
+  const auto& kernels = kKernels.table[min_of(p.kernel / 2 - 1, 3)][p.stride - 1];
   const bool stored_first = is_stored_first(p.activation);
   const bool joined_later = stored_first || p.joined_activation != Activation::kNone;
   for (int64_t i = 0; i < rows.size; ++i) scratch[i] = 0;
@@ -181,6 +190,7 @@ void depthwise_map(const SeparableParams<typename V::T>& p, int64_t row_begin, i
         const T* const residual = p.residual == nullptr ? nullptr : p.residual + pixel * residual_pitch + c;
         MapSegment<V> segment{};
         segment.weights = p.packed + c * (1 + taps);
+        segment.kernel = p.kernel;
         segment.activation = p.activation;
         segment.y_stride = y_pitch;
         segment.residual_stride = residual_pitch;

@@ -29,6 +29,13 @@ void join(Join<typename V::T> p) {
     p.count *= p.rows;
     p.rows = 1;
   }
+  if (is_stored_first(p.activation) && (p.gate != nullptr || p.other != nullptr)) {  // a second pass: see below
+    Join<typename V::T> first = p;
+    first.activation = Activation::kNone;
+    join<V>(first);
+    p.x = p.y;
+    p.x_pitch = p.y_pitch;
+  }
   const int64_t whole = p.count / L * L;
   const auto mask = V::mask(0, p.count - whole);
   const auto pass = [&](bool gated, bool added, Activation constant) __attribute__((always_inline)) {
@@ -50,7 +57,9 @@ void join(Join<typename V::T> p) {
     }
   };
   const auto passes = [&](Activation constant) __attribute__((always_inline)) {
-    if (p.gate != nullptr) {
+    if (is_stored_first(constant)) {  // long code, not repeated for the rare case that something is joined before
+      pass(false, false, constant);
+    } else if (p.gate != nullptr) {
       pass(true, false, constant);
     } else if (p.other != nullptr) {
       pass(false, true, constant);
