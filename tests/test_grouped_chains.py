@@ -8,8 +8,8 @@ import torch
 import torch.nn as nn
 from models import BatchNormAct2d, ConvBNAct, depthwise, pointwise
 from randomize import randomized
+from test_branching_chains import assert_outputs
 from test_residual_chains import assert_chains, assert_one_image_and_threads_give_the_same_bits, layers_of, plain
-from zoo import assert_as_close_to_float64
 
 import fusedsep
 from fusedsep._ops import DEPTHWISE, DEPTHWISE_MAP, MEANS, PATCHES_OF_NCHW, PIXELS
@@ -89,9 +89,7 @@ def test_groups_of_the_input_stay_torchs(chain_calls):
 
     model = randomized(Residual()).eval()
     x = torch.randn(2, 32, 9, 10)
-    for net in (fusedsep.fuse(model), fusedsep.freeze(model)):
-        with torch.no_grad():
-            assert_as_close_to_float64(net, model, x)
+    assert_outputs(model, x)
     # A chain begins with a layer that reads all of its input.
     assert layers_of(chain_calls) == []
 
@@ -109,9 +107,7 @@ OTHERS = {
 def test_other_groups_stay_torchs(name, chain_calls):
     model = randomized(nn.Sequential(site(8), OTHERS[name], site(32), pointwise(32, 4))).eval()
     x = torch.randn(2, 8, 13, 14)
-    for net in (fusedsep.fuse(model), fusedsep.freeze(model)):
-        with torch.no_grad():
-            assert_as_close_to_float64(net, model, x)
+    assert_outputs(model, x)
     assert layers_of(chain_calls) == 2 * [plain(DEPTHWISE, PIXELS)]
 
 
@@ -141,9 +137,7 @@ NOT_A_NORM_OF_CONVOLUTIONS = {
 def test_other_norms_of_maps_side_by_side(name):
     model = randomized(Joined(NOT_A_NORM_OF_CONVOLUTIONS[name])).eval()
     x = torch.randn(2, 6, 9, 10)
-    for net in (fusedsep.fuse(model), fusedsep.freeze(model)):
-        with torch.no_grad():
-            assert_as_close_to_float64(net, model, x)
+    assert_outputs(model, x)
 
 
 def test_a_norm_in_training_mode_stays(chain_calls):

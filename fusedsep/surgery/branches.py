@@ -20,8 +20,9 @@ from .dropouts import node_passes_on
 from .layer_kinds import is_depthwise_layer, is_pointwise_layer, is_whole_convolution
 from .sites import input_of
 
-_ADD = {operator.add, torch.add, "add"}
-_ADD_IN_PLACE = {operator.iadd, "add_"}
+#: What adds two maps, and what writes the sum into the first of them.
+ADD = {operator.add, torch.add, "add"}
+ADD_IN_PLACE = {operator.iadd, "add_"}
 _MAP = [Branch(None, None)]
 
 
@@ -70,7 +71,7 @@ def _terms_of(
     if node_passes_on(node, modules):
         return values[node.all_input_nodes[0]]
     if node.op != "call_module":
-        return _sum_of(node, values, modules) if node.target in _ADD | _ADD_IN_PLACE else None
+        return _sum_of(node, values, modules) if node.target in ADD | ADD_IN_PLACE else None
     module, source = modules[node.target], input_of(node)
     if source is None or node.all_input_nodes != [source] or "forward" in vars(module):
         return None
@@ -93,7 +94,7 @@ def _sum_of(node: fx.Node, values: dict[fx.Node, list[Branch]], modules: dict[st
     if node.kwargs or len(node.args) != 2 or len(node.all_input_nodes) != 2:
         return None
     a, b = node.args
-    if node.target in _ADD_IN_PLACE and not _is_only_read_by(node, a, values, modules):
+    if node.target in ADD_IN_PLACE and not _is_only_read_by(node, a, values, modules):
         return None
     return values[a] + values[b]
 

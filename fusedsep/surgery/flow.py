@@ -8,7 +8,6 @@ import operator
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn as nn
 from torch import fx
 
@@ -17,13 +16,11 @@ from .._chain_elements import Element
 from .._combinations import Combination
 from .._frozen import FrozenSeparable
 from .activations import activation_of, composed_activation, gate_of, is_in_place
+from .branches import ADD, ADD_IN_PLACE
 from .dropouts import node_passes_on
 from .maps import Maps, Value, channels_of, cut
 from .tails import only_reader
 from .views import joined_by, sections_of, shuffle_of, slice_of
-
-_ADD = {operator.add, torch.add, "add"}
-_ADD_IN_PLACE = {operator.iadd, "add_"}
 
 #: What became of the sites of a frozen model, by depthwise convolution or block; ``None`` in a model that is fused.
 Frozen = dict[nn.Module, FrozenSeparable] | None
@@ -193,8 +190,8 @@ class Flow:
 
     def _take_addition(self, node: fx.Node) -> bool:
         """``a + b`` of two maps: a part of the step that gives the later one, if nobody else reads that."""
-        in_place = node.target in _ADD_IN_PLACE
-        if not (in_place or node.target in _ADD) or node.kwargs or len(node.args) != 2:
+        in_place = node.target in ADD_IN_PLACE
+        if not (in_place or node.target in ADD) or node.kwargs or len(node.args) != 2:
             return False
         if not all(isinstance(argument, fx.Node) and argument in self._values for argument in node.args):
             return False
