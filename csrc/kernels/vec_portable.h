@@ -156,9 +156,14 @@ struct PortableVec {
  private:
   template <class F>
   FUSEDSEP_INLINE static PortableVec each(const F& f) {
+    static_assert(kParts == 2 || kParts == 4, "written out, since not every level of optimization unrolls loops");
     PortableVec r;
-    FUSEDSEP_UNROLL(4)
-    for (int i = 0; i < kParts; ++i) r.part[i] = f(i);
+    r.part[0] = f(0);
+    r.part[1] = f(1);
+    if constexpr (kParts == 4) {
+      r.part[2] = f(2);
+      r.part[3] = f(3);
+    }
     return r;
   }
 };
