@@ -29,5 +29,16 @@ constexpr int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// ASan does not see the accesses of intrinsics that take a mask or store past the caches. In a build with it, these
+// read the first and the last of the elements p[i] with bit i set, so that it does; otherwise they do nothing.
+template <class T>
+FUSEDSEP_INLINE void inspect([[maybe_unused]] const T* p, [[maybe_unused]] uint32_t lanes) {
+#if defined(__SANITIZE_ADDRESS__)
+  if (lanes == 0) return;
+  (void)*static_cast<const volatile T*>(p + __builtin_ctz(lanes));
+  (void)*static_cast<const volatile T*>(p + (31 - __builtin_clz(lanes)));
+#endif
+}
+
 }  // namespace
 }  // namespace fusedsep

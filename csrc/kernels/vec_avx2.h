@@ -31,7 +31,10 @@ struct Avx2F32 {
   FUSEDSEP_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
 
   static constexpr bool kStreams = true;
-  FUSEDSEP_INLINE void stream(float* p) const { _mm256_stream_ps(p, v); }
+  FUSEDSEP_INLINE void stream(float* p) const {
+    inspect(p, (1u << kLanes) - 1u);
+    _mm256_stream_ps(p, v);
+  }
   FUSEDSEP_INLINE static void fence() { _mm_sfence(); }
 
   FUSEDSEP_INLINE static Mask mask(int64_t begin, int64_t end) {
@@ -40,8 +43,14 @@ struct Avx2F32 {
     const __m256i until_end = _mm256_loadu_si256((const __m256i*)(words + kLanes - clamp_lane(end, kLanes)));
     return _mm256_and_si256(from_begin, until_end);
   }
-  FUSEDSEP_INLINE static Avx2F32 load(const float* p, Mask mask) { return {_mm256_maskload_ps(p, mask)}; }
-  FUSEDSEP_INLINE void store(float* p, Mask mask) const { _mm256_maskstore_ps(p, mask, v); }
+  FUSEDSEP_INLINE static Avx2F32 load(const float* p, Mask mask) {
+    inspect(p, lanes_of(mask));
+    return {_mm256_maskload_ps(p, mask)};
+  }
+  FUSEDSEP_INLINE void store(float* p, Mask mask) const {
+    inspect(p, lanes_of(mask));
+    _mm256_maskstore_ps(p, mask, v);
+  }
 
   // The second vector starts at p + 7, so that nothing behind p[14] is read.
   FUSEDSEP_INLINE static Avx2F32 load_even(const float* p) { return interleave(load(p), load(p + 7)); }
@@ -103,6 +112,9 @@ struct Avx2F32 {
   }
 
  private:
+  FUSEDSEP_INLINE static uint32_t lanes_of(Mask mask) {
+    return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(mask)));
+  }
   // Even lanes of `low`, then odd lanes of `high`.
   FUSEDSEP_INLINE static Avx2F32 interleave(Avx2F32 low, Avx2F32 high) {
     const __m256 mixed = _mm256_shuffle_ps(low.v, high.v, _MM_SHUFFLE(3, 1, 2, 0));
@@ -124,7 +136,10 @@ struct Avx2F64 {
   FUSEDSEP_INLINE void store(double* p) const { _mm256_storeu_pd(p, v); }
 
   static constexpr bool kStreams = true;
-  FUSEDSEP_INLINE void stream(double* p) const { _mm256_stream_pd(p, v); }
+  FUSEDSEP_INLINE void stream(double* p) const {
+    inspect(p, (1u << kLanes) - 1u);
+    _mm256_stream_pd(p, v);
+  }
   FUSEDSEP_INLINE static void fence() { _mm_sfence(); }
 
   FUSEDSEP_INLINE static Mask mask(int64_t begin, int64_t end) {
@@ -133,8 +148,14 @@ struct Avx2F64 {
     const __m256i until_end = _mm256_loadu_si256((const __m256i*)(quads + kLanes - clamp_lane(end, kLanes)));
     return _mm256_and_si256(from_begin, until_end);
   }
-  FUSEDSEP_INLINE static Avx2F64 load(const double* p, Mask mask) { return {_mm256_maskload_pd(p, mask)}; }
-  FUSEDSEP_INLINE void store(double* p, Mask mask) const { _mm256_maskstore_pd(p, mask, v); }
+  FUSEDSEP_INLINE static Avx2F64 load(const double* p, Mask mask) {
+    inspect(p, lanes_of(mask));
+    return {_mm256_maskload_pd(p, mask)};
+  }
+  FUSEDSEP_INLINE void store(double* p, Mask mask) const {
+    inspect(p, lanes_of(mask));
+    _mm256_maskstore_pd(p, mask, v);
+  }
 
   FUSEDSEP_INLINE static Avx2F64 load_even(const double* p) { return interleave(load(p), load(p + 3)); }
   struct EvenMask {
@@ -180,6 +201,9 @@ struct Avx2F64 {
   }
 
  private:
+  FUSEDSEP_INLINE static uint32_t lanes_of(Mask mask) {
+    return uint32_t(_mm256_movemask_pd(_mm256_castsi256_pd(mask)));
+  }
   FUSEDSEP_INLINE static Avx2F64 interleave(Avx2F64 low, Avx2F64 high) {
     const __m256d mixed = _mm256_shuffle_pd(low.v, high.v, 0b1010);
     return {_mm256_permute4x64_pd(mixed, _MM_SHUFFLE(3, 1, 2, 0))};

@@ -30,12 +30,21 @@ struct Avx512F32 {
   FUSEDSEP_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
 
   static constexpr bool kStreams = true;
-  FUSEDSEP_INLINE void stream(float* p) const { _mm512_stream_ps(p, v); }
+  FUSEDSEP_INLINE void stream(float* p) const {
+    inspect(p, lane_bits(0, kLanes, kLanes));
+    _mm512_stream_ps(p, v);
+  }
   FUSEDSEP_INLINE static void fence() { _mm_sfence(); }
 
   FUSEDSEP_INLINE static Mask mask(int64_t begin, int64_t end) { return (Mask)lane_bits(begin, end, kLanes); }
-  FUSEDSEP_INLINE static Avx512F32 load(const float* p, Mask mask) { return {_mm512_maskz_loadu_ps(mask, p)}; }
-  FUSEDSEP_INLINE void store(float* p, Mask mask) const { _mm512_mask_storeu_ps(p, mask, v); }
+  FUSEDSEP_INLINE static Avx512F32 load(const float* p, Mask mask) {
+    inspect(p, mask);
+    return {_mm512_maskz_loadu_ps(mask, p)};
+  }
+  FUSEDSEP_INLINE void store(float* p, Mask mask) const {
+    inspect(p, mask);
+    _mm512_mask_storeu_ps(p, mask, v);
+  }
 
   // The second vector starts at p + 15, so that nothing behind p[30] is read.
   FUSEDSEP_INLINE static Avx512F32 load_even(const float* p) { return interleave(load(p), load(p + 15)); }
@@ -128,12 +137,21 @@ struct Avx512F64 {
   FUSEDSEP_INLINE void store(double* p) const { _mm512_storeu_pd(p, v); }
 
   static constexpr bool kStreams = true;
-  FUSEDSEP_INLINE void stream(double* p) const { _mm512_stream_pd(p, v); }
+  FUSEDSEP_INLINE void stream(double* p) const {
+    inspect(p, lane_bits(0, kLanes, kLanes));
+    _mm512_stream_pd(p, v);
+  }
   FUSEDSEP_INLINE static void fence() { _mm_sfence(); }
 
   FUSEDSEP_INLINE static Mask mask(int64_t begin, int64_t end) { return (Mask)lane_bits(begin, end, kLanes); }
-  FUSEDSEP_INLINE static Avx512F64 load(const double* p, Mask mask) { return {_mm512_maskz_loadu_pd(mask, p)}; }
-  FUSEDSEP_INLINE void store(double* p, Mask mask) const { _mm512_mask_storeu_pd(p, mask, v); }
+  FUSEDSEP_INLINE static Avx512F64 load(const double* p, Mask mask) {
+    inspect(p, mask);
+    return {_mm512_maskz_loadu_pd(mask, p)};
+  }
+  FUSEDSEP_INLINE void store(double* p, Mask mask) const {
+    inspect(p, mask);
+    _mm512_mask_storeu_pd(p, mask, v);
+  }
 
   FUSEDSEP_INLINE static Avx512F64 load_even(const double* p) { return interleave(load(p), load(p + 7)); }
   struct EvenMask {
