@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import multiprocessing
 import multiprocessing.connection
 import pickle
@@ -88,6 +89,7 @@ class Ranks:
 
 
 def _serve(connection: multiprocessing.connection.Connection, rank: int, world_size: int, store: str) -> None:
+    faulthandler.enable()  # a process that dies tells where
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

@@ -25,9 +25,11 @@ _BLOCKS = (fusedsep.DepthwiseSeparableBlock, fusedsep.reference.DepthwiseSeparab
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    ranks = Ranks(tmp_path_factory.mktemp("ranks"))
+    """Those of fused and of unfused networks: a process that dies has run nothing of the other kind."""
+    ranks = {kind: Ranks(tmp_path_factory.mktemp(kind)) for kind in ("fused", "unfused")}
     yield ranks
-    ranks.close()
+    for processes in ranks.values():
+        processes.close()
 
 
 def built_from_blocks():
@@ -120,8 +122,8 @@ def assert_near(actual, expected):
 
 def assert_trains_as_unfused(ranks, network, wrapper, accumulate=False, around=lambda model: model):
     fused, unfused, sites = NETWORKS[network]()
-    actual = ranks.run(train, around(fused), wrapper, accumulate)
-    expected = ranks.run(train, around(unfused), wrapper, accumulate)
+    actual = ranks["fused"].run(train, around(fused), wrapper, accumulate)
+    expected = ranks["unfused"].run(train, around(unfused), wrapper, accumulate)
     for (found, calls), (wanted, _) in zip(actual, expected, strict=True):
         assert calls == sites * _STEPS * (1 + accumulate)
         assert_near(found, wanted)
@@ -173,7 +175,7 @@ def test_synchronised_statistics_are_those_of_one_process_with_the_whole_batch(r
     fused, unfused, _ = built_from_blocks()
     x = random(sum(sizes), 3, 64, 64)
     expected = train_on(unfused.train(), x, 1 / len(x))
-    for actual in ranks.run(train_on_parts, fused, x.split(sizes), wrapper, False):
+    for actual in ranks["fused"].run(train_on_parts, fused, x.split(sizes), wrapper, False):
         assert_near(actual, expected)
 
 
@@ -191,5 +193,5 @@ def make_chain():
 def test_synchronised_statistics_of_a_fused_network(ranks, wrapper):
     x = random(5, 3, 17, 17)
     expected = train_on(make_chain().train(), x, 1 / len(x))
-    for actual in ranks.run(train_on_parts, make_chain(), x.split((3, 2)), wrapper, True):
+    for actual in ranks["fused"].run(train_on_parts, make_chain(), x.split((3, 2)), wrapper, True):
         assert_near(actual, expected)
