@@ -34,8 +34,7 @@ class Convolution:
 
     Args:
         conv: padded with zeros, with one stride (1 or 2) and one dilation for both directions, and one of: a 1x1
-            convolution without padding; one of 3x3 taps; a depthwise one of an odd kernel, 3x3 to 11x11, whose dilation
-            is 1.
+            convolution without padding; one of 3x3 taps; a depthwise one of an odd kernel, 3x3 to 11x11.
         bn: in eval mode with running statistics, or ``None``.
         activation: its name.
         modules: all that it stands for, as they are called.
@@ -110,7 +109,7 @@ class Convolution:
             )
             sizes = layer.sizes(height, width)
             if min(height, width, *sizes) < 1:
-                raise ValueError(f"x must hold a {kernel}x{kernel} kernel")
+                raise ValueError(f"x must hold a {kernel}x{kernel} kernel of dilation {dilation}")
             return [layer], *sizes
         pads = checked_pads(sum_of_pads(self.pads, self.own_pads), NO_PADS, stride, dilation, height, width)
         rows = _ops.PATCHES_OF_NCHW if nchw else _ops.PATCHES

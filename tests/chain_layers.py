@@ -169,9 +169,9 @@ def gate(channels, squeezed, activations, number, out_channels, activation=0, re
     ]
 
 
-def depthwise_map(channels, kernel, stride=1, pads=None, activation=1, residual=-1, **places):
-    pads = 4 * (kernel // 2,) if pads is None else pads
-    return Layer(DEPTHWISE_MAP, channels, channels, stride, 1, pads, (activation, 0), residual, kernel, **places)
+def depthwise_map(channels, kernel, stride=1, pads=None, activation=1, residual=-1, dilation=1, **places):
+    pads = 4 * (kernel // 2 * dilation,) if pads is None else pads
+    return Layer(DEPTHWISE_MAP, channels, channels, stride, dilation, pads, (activation, 0), residual, kernel, **places)
 
 
 def joined_network(width=8, activation=1):

@@ -158,6 +158,9 @@ def check_chain(channels: int, size: int, dtype: torch.dtype) -> None:
         for kernel in (3, 5, 7, 11)
         for stride in (1, 2)
     ]
+    alone += [
+        [depthwise_map(channels + 16, kernel, dilation=dilation)] for kernel, dilation in ((3, 2), (5, 3), (3, 18))
+    ]
     joined = [joined_network(5)[:length] for length in (2, 6, 8, 12, 15)]
     branching = [branching_network(width)[:length] for width in (5, 8, 12) for length in (6, 7, 9, 11, 15)]
     for part in (*parts, pair[:1], pair, *alone, excited_network(5), whole_network(5), *joined, *branching):

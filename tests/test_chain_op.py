@@ -111,6 +111,30 @@ def test_depthwise_alone_of_any_padding(isa, kernel, pads):
         assert y.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kernel", [3, 5, 7, 9, 11])
+@pytest.mark.parametrize("dilation", [2, 3, 12])
+def test_depthwise_alone_of_any_dilation(isa, dtype, kernel, dilation):
+    """Of maps that are larger than the window and smaller, down to the tap in the middle."""
+    torch.manual_seed(8)
+    for stride, (height, width) in itertools.product((1, 2), ((1, 1), (2, 30), (7, 5), (14, 15), (41, 33))):
+        for pads in (None, (11 * dilation, 10 * dilation, 9 * dilation, 12 * dilation)):
+            layers = [depthwise_map(37, kernel, stride, pads, activation=3, dilation=dilation)]
+            x = torch.randn(2, 37, height, width, dtype=dtype)
+            assert_close(run(layers, x), exact(layers, x))
+
+
+def test_dilated_depthwise_with_a_residual_in_threads(isa):
+    torch.manual_seed(8)
+    layers = [depthwise_map(70, 5, dilation=3), depthwise_map(70, 3, dilation=2, residual=0, joined_activation=2)]
+    x = torch.randn(3, 70, 21, 20)
+    expected = run(layers, x)
+    assert_close(expected, exact(layers, x))
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(run(layers, x), expected)
+
+
 def test_map_wider_than_a_chain_of_sums():
     torch.manual_seed(2)
     layers = [Layer(MEANS, 5, 3, pads=(0, 0, 0, 0), activations=(0, 0))]

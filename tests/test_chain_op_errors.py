@@ -119,7 +119,7 @@ def test_depthwise_alone_refuses_what_it_cannot_run():
         "kernel must be from 3 to 11, got 13": (x, packed, changed(kernel=13)),
         "kernel must be odd": (x, packed, changed(kernel=4)),
         "weights of layer 0": (x, packed, changed(kernel=7)),
-        "has dilation 1 and one activation": (x, packed, changed(dilation=2)),
+        "does not hold a 5x5 kernel of dilation 5": (x, packed, changed(dilation=5)),
         "one activation": (x, packed, changed(pointwise_activation=1)),
         "as many output channels as input channels": (x, packed, changed(out_channels=9)),
         "does not hold a 5x5 kernel": (x[:, :, :3, :], packed, changed(pad_top=0, pad_bottom=1)),

@@ -93,21 +93,23 @@ def test_a_first_convolution_that_pads_itself(name, make, chain_calls):
 
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 @pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("kind", [SameConv, PaddedConv])
-def test_a_depthwise_convolution_that_pads_itself(kernel, stride, kind, chain_calls):
-    dw = kind(12, 12, kernel, stride, groups=12)
+def test_a_depthwise_convolution_that_pads_itself(kernel, stride, dilation, kind, chain_calls):
+    dw = kind(12, 12, kernel, stride, dilation=dilation, groups=12)
+    reach = (kernel - 1) * dilation + 1
     model = nn.Sequential(pointwise(4, 12), dw, nn.BatchNorm2d(12), nn.SiLU(), pointwise(12, 5), nn.GELU())
     model = randomized(model).eval()
     for make in (fusedsep.fuse, fusedsep.freeze):
         net = make(model)
         with torch.no_grad():
-            for size in ((kernel, 9), (14, 15), (15, 14), (32, 31)):
+            for size in ((reach, reach + 2), (24, 25), (25, 24), (32, 31)):
                 chain_calls.clear()
                 assert_as_close_to_float64(net, model, torch.randn(2, 4, *size))
                 assert len(chain_calls) == 1
-            before = net(torch.ones(1, 4, 14, 15))
-            net[1].dilation = (2, 2)
-            assert not torch.equal(before[..., :1, :1], net(torch.ones(1, 4, 14, 15))[..., :1, :1])
+            before = net(torch.ones(1, 4, 24, 25))
+            net[1].dilation = (3, 3)
+            assert not torch.equal(before[..., :1, :1], net(torch.ones(1, 4, 24, 25))[..., :1, :1])
 
 
 def test_zeros_in_front_of_same_padding_stay_there(chain_calls):

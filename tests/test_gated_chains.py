@@ -75,6 +75,17 @@ class EfficientNet(nn.Module):
         return self.classifier(F.dropout(x.mean((2, 3)), 0.2, self.training))
 
 
+def test_dilated_blocks_are_one_call(chain_calls):
+    """What networks for segmentation have in the place of strides."""
+    blocks = [EfficientNetBlock(6, 6, kernel, 1) for kernel in (3, 5, 7)]
+    for dilation, block in enumerate(blocks, 2):
+        half = block.conv_dw.kernel_size[0] // 2
+        block.conv_dw.dilation, block.conv_dw.padding = (dilation, dilation), (half * dilation, half * dilation)
+    block = [*plain(PIXELS, DEPTHWISE_MAP), *GATED[:-1]]
+    layers = [layer for residual in (0, 5, 10) for layer in (*block, (PIXELS, residual))]
+    assert_chains(nn.Sequential(*blocks), torch.randn(2, 6, 24, 21), chain_calls, [layers])
+
+
 def test_efficientnet_is_one_call(chain_calls):
     block = [*plain(PIXELS, DEPTHWISE_MAP), *GATED]
     residual = [*block[:-1], (PIXELS, 6)]

@@ -59,6 +59,9 @@ class Random(nn.Module):
             "identity": self.draw.choice([nn.Identity(), nn.Dropout(0.3)]),
         }
         kind = self.draw.choice(list(layers))
+        if kind in ("whole", "depthwise"):
+            conv, dilation = layers[kind][0], self.draw.choice([1, 1, 2])
+            conv.dilation, conv.padding = (dilation, dilation), tuple(dilation * pad for pad in conv.padding)
         shape = channels if kind in ("depthwise", "identity") else out_channels, halved
         self.add(lambda x, part: part(x), [number], shape, layers[kind])
 

@@ -159,7 +159,7 @@ NO_KERNEL = {
     "even": lambda: depthwise(12, kernel=4, padding=2),
     "oblong": lambda: depthwise(12, kernel=(3, 5), padding=(1, 2)),
     "stride": lambda: depthwise(12, 3, kernel=5, padding=2),
-    "dilation": lambda: depthwise(12, kernel=5, padding=4, dilation=2),
+    "dilation": lambda: depthwise(12, kernel=5, padding=(4, 2), dilation=(2, 1)),
     "padding mode": lambda: depthwise(12, kernel=5, padding=2, padding_mode="reflect"),
 }
 

@@ -54,8 +54,8 @@ struct LayerNumbers {
     const bool is_map = rows == Rows::kDepthwiseMap, is_pool = rows == Rows::kMaxPool;
     check_range("a layer's kernel", geometry.kernel, is_pool ? 2 : 3, is_map ? 11 : 3);
     STD_TORCH_CHECK(is_pool || geometry.kernel % 2 == 1, "a layer's kernel must be odd");
-    STD_TORCH_CHECK(!is_map || (geometry.dilation == 1 && geometry.pointwise_activation == 0),
-                    "a depthwise convolution alone in a chain has dilation 1 and one activation");
+    STD_TORCH_CHECK(!is_map || geometry.pointwise_activation == 0,
+                    "a depthwise convolution alone in a chain has one activation");
     STD_TORCH_CHECK(has_weights() || (geometry.activation == 0 && geometry.pointwise_activation == 0),
                     "a layer without weights in a chain has no activation");
     STD_TORCH_CHECK(!is_pool || (geometry.dilation == 1 && residual < 0 &&

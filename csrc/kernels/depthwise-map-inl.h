@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// A depthwise convolution alone, of an odd kernel from 3x3 to 11x11 taps, with its activation, in channels_last: what
-// networks have where no pointwise convolution follows at once, or where the taps are more than nine.
+// A depthwise convolution alone, of an odd kernel from 3x3 to 11x11 taps and any dilation, with its activation, in
+// channels_last: what networks have where no pointwise convolution follows at once, or where the taps are more than
+// nine.
 #pragma once
 
 #include "activation-inl.h"
@@ -35,17 +36,19 @@ void pack_depthwise_map(const PackParams<typename V::T>& p, int64_t kernel, type
   pack_depthwise<V>(p, kernel * kernel, packed);
 }
 
-// The input rows that an output row reads, for a line of channels, with zeros for the padding: `kernel` of them, row r
-// at r % kernel, each as [vector][column][kLanes]. No column needs a check then, and the reads of neighbouring pixels
-// are neighbours in memory, however many channels the map has.
+// The input rows from the first to the last one that an output row reads, for a line of channels, with zeros for the
+// padding: row r at r % count, each as [vector][column][kLanes]. No column needs a check then, and the reads of
+// neighbouring pixels are neighbours in memory, however many channels the map has.
 template <class V>
 struct KeptRows {
-  int64_t columns, pitch, size;  // pitch: elements of a row
+  int64_t reach, count, columns, pitch, size;  // reach: rows from the first tap to the last; pitch: elements of a row
 
   explicit KeptRows(const SeparableParams<typename V::T>& p)
-      : columns((p.out_width - 1) * p.stride + p.kernel),
+      : reach((p.kernel - 1) * p.dilation + 1),
+        count(min_of(reach, p.height)),
+        columns((p.out_width - 1) * p.stride + reach),
         pitch(kLineVectors<V> * columns * V::kLanes),
-        size(p.kernel * pitch) {}
+        size(count * pitch) {}
 };
 
 template <class V>
@@ -59,7 +62,7 @@ struct MapSegment {
   using T = typename V::T;
   const T* row[11];  // the kept rows, at the first pixel's first tap; null: outside the map
   const T* weights;  // a bias and the taps
-  int64_t kernel;
+  int64_t kernel, dilation;
   Activation activation;
   T* y;
   const T* residual;                  // null: none
@@ -68,7 +71,8 @@ struct MapSegment {
   typename V::Mask mask;  // of y's lanes unless `whole`
 };
 
-// kKernel 0: the kernel of the segment, without a copy of the code for each of its columns.
+// kKernel 0: the kernel and the dilation of the segment, without a copy of the code for each of its columns; otherwise
+// the dilation is 1.
 template <class V, int M, int kKernel, int kStride>
 __attribute__((noinline)) void depthwise_map_segment(const MapSegment<V>& segment) {
   constexpr int L = V::kLanes;
@@ -76,6 +80,7 @@ __attribute__((noinline)) void depthwise_map_segment(const MapSegment<V>& segmen
   FUSEDSEP_UNROLL(16)
   for (int m = 0; m < M; ++m) sum[m] = V::zero();
   const int64_t kernel = kKernel > 0 ? kKernel : segment.kernel;
+  const int64_t dilation = kKernel > 0 ? 1 : segment.dilation;
   for (int64_t u = 0; u < kernel; ++u) {
     const auto* x = segment.row[u];
     if (x == nullptr) continue;
@@ -83,7 +88,7 @@ __attribute__((noinline)) void depthwise_map_segment(const MapSegment<V>& segmen
     const auto add_column = [&](int64_t v) __attribute__((always_inline)) {
       const V weight = V::load(weights + v * L);
       FUSEDSEP_UNROLL(16)
-      for (int m = 0; m < M; ++m) sum[m] = V::fma(V::load(x + (m * kStride + v) * L), weight, sum[m]);
+      for (int m = 0; m < M; ++m) sum[m] = V::fma(V::load(x + (m * kStride + v * dilation) * L), weight, sum[m]);
     };
     if constexpr (kKernel > 0) {
       FUSEDSEP_UNROLL(7)
@@ -119,7 +124,8 @@ struct MapKernels {
   using Function = void (*)(const MapSegment<V>&);
   static constexpr int kMost = kMapPixels<V>;
 
-  Function table[4][2][kMost];  // [kernel / 2 - 1, at most 3][stride - 1][pixels - 1]
+  Function table[4][2]
+                [kMost];  // [kernel / 2 - 1, or 3 for larger kernels and for dilated ones][stride - 1][pixels - 1]
 
   constexpr MapKernels() : table{} {
     fill<3, kMost>();
@@ -167,7 +173,7 @@ void depthwise_map(const SeparableParams<typename V::T>& p, int64_t row_begin, i
   const int64_t channels = p.in_channels, taps = p.kernel * p.kernel;
   const int64_t y_pitch = y_pitch_of(p), residual_pitch = residual_pitch_of(p);
   const KeptRows<V> rows(p);
-  const auto& kernels = kKernels.table[min_of(p.kernel / 2 - 1, 3)][p.stride - 1];
+  const auto& kernels = kKernels.table[p.dilation > 1 ? 3 : min_of(p.kernel / 2 - 1, 3)][p.stride - 1];
   const bool stored_first = is_stored_first(p.activation);
   const bool joined_later = stored_first || p.joined_activation != Activation::kNone;
   for (int64_t i = 0; i < rows.size; ++i) scratch[i] = 0;
@@ -181,8 +187,8 @@ void depthwise_map(const SeparableParams<typename V::T>& p, int64_t row_begin, i
         next = max_of(0, top);
       }
       const T* const x = p.x + image * p.height * p.width * x_pitch_of(p);
-      for (next = max_of(next, top); next < min_of(p.height, top + p.kernel); ++next) {
-        keep_map_row<V>(p, x, next, line, rows, scratch + next % p.kernel * rows.pitch);
+      for (next = max_of(next, top); next < min_of(p.height, top + rows.reach); ++next) {
+        keep_map_row<V>(p, x, next, line, rows, scratch + next % rows.count * rows.pitch);
       }
       for (int64_t v = 0; v < kLineVectors<V> && line + v * L < channel_end; ++v) {
         const int64_t c = line + v * L, pixel = row * p.out_width;
@@ -191,6 +197,7 @@ void depthwise_map(const SeparableParams<typename V::T>& p, int64_t row_begin, i
         MapSegment<V> segment{};
         segment.weights = p.packed + c * (1 + taps);
         segment.kernel = p.kernel;
+        segment.dilation = p.dilation;
         segment.activation = p.activation;
         segment.y_stride = y_pitch;
         segment.residual_stride = residual_pitch;
@@ -199,8 +206,8 @@ void depthwise_map(const SeparableParams<typename V::T>& p, int64_t row_begin, i
         for (BlockWalk walk(p.out_width, kMapPixels<V>); walk.more(); walk.next()) {
           const Block& block = walk.block;
           for (int64_t u = 0; u < p.kernel; ++u) {
-            const int64_t r = top + u;
-            const T* kept = scratch + (r < 0 ? 0 : r % p.kernel) * rows.pitch + v * rows.columns * L;
+            const int64_t r = top + u * p.dilation;
+            const T* kept = scratch + (r < 0 ? 0 : r % rows.count) * rows.pitch + v * rows.columns * L;
             segment.row[u] = r < 0 || r >= p.height ? nullptr : kept + block.begin * p.stride * L;
           }
           segment.y = y + block.begin * y_pitch;

@@ -88,7 +88,7 @@ struct SeparableParams {
   Activation activation, pointwise_activation;
   Rows rows = Rows::kDepthwise;  // in_channels counts those of h; only a depthwise stage has an activation and packed
                                  // weights of its own
-  int64_t kernel = 3;  // taps in a row and in a column; other than 3 in kDepthwiseMap and kMaxPool, of dilation 1
+  int64_t kernel = 3;  // taps in a row and in a column; other than 3 in kDepthwiseMap, and in kMaxPool, of dilation 1
   // In kPixels and kSum, factors [batch][in_channels] of x: what squeeze-and-excitation makes of the map that x is. Or
   // null, as in a kSum that has a residual.
   const T* gate = nullptr;

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch.nn as nn
 
 from .._chain_convolutions import MOST_IMAGE_CHANNELS
@@ -59,18 +57,18 @@ def is_whole_convolution(conv: nn.Module | None) -> bool:
     )
 
 
-def is_depthwise_map(conv: nn.Module | None, kernels: Collection[int] = (3, 5, 7)) -> bool:
-    """Whether there is a kernel for ``conv``, a depthwise convolution by itself, whatever its forward does besides."""
-    return (
-        isinstance(conv, nn.Conv2d)
-        and conv.groups == conv.in_channels == conv.out_channels > 1
-        and conv.kernel_size[0] == conv.kernel_size[1] in kernels
-        and conv.stride[0] == conv.stride[1] <= 2
-        and tuple(conv.dilation) == (1, 1)
-        and conv.padding_mode == "zeros"
-    )
+def is_depthwise_map(conv: nn.Module | None) -> bool:
+    """Whether ``conv`` is a depthwise convolution that is trained by itself, whatever its forward does besides."""
+    return is_depthwise_layer(conv) and conv.kernel_size[0] in (3, 5, 7) and tuple(conv.dilation) == (1, 1)
 
 
 def is_depthwise_layer(conv: nn.Module | None) -> bool:
-    """The same of a chain, whose kernels may be larger."""
-    return is_depthwise_map(conv, (3, 5, 7, 9, 11))
+    """Whether ``conv`` is a depthwise convolution that is a layer of a chain, whatever its forward does besides."""
+    return (
+        isinstance(conv, nn.Conv2d)
+        and conv.groups == conv.in_channels == conv.out_channels > 1
+        and conv.kernel_size[0] == conv.kernel_size[1] in (3, 5, 7, 9, 11)
+        and conv.stride[0] == conv.stride[1] <= 2
+        and conv.dilation[0] == conv.dilation[1]
+        and conv.padding_mode == "zeros"
+    )
