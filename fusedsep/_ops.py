@@ -36,7 +36,7 @@ NO_NORM, FIXED_STATISTICS, BATCH_STATISTICS = 0, 1, 2
 
 
 #: What a layer of a chain multiplies with its pointwise weights; the last four have none (csrc/kernels/separable.h).
-DEPTHWISE, PATCHES, PATCHES_OF_NCHW, MEANS, PIXELS, DEPTHWISE_MAP, SUM, INTERLEAVED, MAX_POOL = range(9)
+DEPTHWISE, PATCHES, PATCHES_OF_NCHW, MEANS, PIXELS, DEPTHWISE_MAP, SUM, INTERLEAVED, MAX_POOL, UPSAMPLE = range(10)
 
 
 class ChainLayer(NamedTuple):

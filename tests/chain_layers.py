@@ -17,6 +17,7 @@ from fusedsep._ops import (
     PATCHES_OF_NCHW,
     PIXELS,
     SUM,
+    UPSAMPLE,
     ChainLayer,
 )
 
@@ -52,7 +53,7 @@ class Layer:
 
     def packed(self, dtype):
         n = self.numbers
-        if n.rows in (SUM, INTERLEAVED, MAX_POOL):
+        if n.rows in (SUM, INTERLEAVED, MAX_POOL, UPSAMPLE):
             return torch.empty(0, dtype=dtype)
         if n.rows == DEPTHWISE_MAP:
             return _ops.pack_depthwise(self.first.to(dtype), None, self.first_bias)
@@ -71,6 +72,8 @@ class Layer:
     def __call__(self, x):
         n = self.numbers
         pads = n.pad_left, n.pad_right, n.pad_top, n.pad_bottom
+        if n.rows == UPSAMPLE:
+            return F.interpolate(x, scale_factor=2)
         if n.rows == MAX_POOL:
             return F.max_pool2d(F.pad(x, pads, value=-torch.inf), n.kernel, n.stride)
         act, pointwise_act = ACTIVATIONS[n.activation], ACTIVATIONS[n.pointwise_activation]
@@ -256,6 +259,26 @@ def combined(rows, channels, residual=-1, **places):
 
 def max_pool(channels, kernel=3, stride=2, padding=1, **places):
     return Layer(MAX_POOL, channels, channels, stride, 1, 4 * (padding,), (0, 0), kernel=kernel, **places)
+
+
+def upsample(channels, **places):
+    return Layer(UPSAMPLE, channels, channels, pads=(0, 0, 0, 0), activations=(0, 0), **places)
+
+
+def upsampling_network(width=8):
+    """An encoder and a decoder, with what the encoder gave beside it and added to it, on maps of even sizes."""
+    return [
+        Layer(PATCHES, 3, width, 2),
+        max_pool(width, 2, 2, 0),
+        depthwise_map(width, 5),
+        upsample(width, output_begin=3),
+        pixels(width, 3, input=1, output=4),
+        Layer(PATCHES, width + 3, width, activations=(0, 1), input=4),
+        upsample(width - 1, input=6, input_begin=1, in_channels=width - 1),
+        max_pool(width - 1, 2, 2, 0),
+        upsample(width - 1, residual=7),
+        Layer(DEPTHWISE, width - 1, 5, activations=(1, 0), dilation=3, pads=(3, 3, 3, 3)),
+    ]
 
 
 def branching_network(width=8, activation=1):

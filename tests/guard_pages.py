@@ -27,6 +27,7 @@ from chain_layers import (
     expand,
     joined_network,
     network,
+    upsample,
     whole_network,
 )
 from training_pairs import in_format
@@ -158,6 +159,7 @@ def check_chain(channels: int, size: int, dtype: torch.dtype) -> None:
         for kernel in (3, 5, 7, 11)
         for stride in (1, 2)
     ]
+    alone += [[upsample(channels)], [upsample(channels + 16)]]
     alone += [
         [depthwise_map(channels + 16, kernel, dilation=dilation)] for kernel, dilation in ((3, 2), (5, 3), (3, 18))
     ]

@@ -25,6 +25,8 @@ from chain_layers import (
     pixels,
     residual_network,
     run,
+    upsample,
+    upsampling_network,
     whole_network,
 )
 
@@ -208,6 +210,22 @@ def test_max_pools(isa, dtype):
             y = run([max_pool(channels, kernel, stride, padding)], x)
             expected = torch.nn.functional.max_pool2d(x, kernel, stride, padding)
             torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_upsampling(isa, dtype):
+    torch.manual_seed(12)
+    for channels, batch in itertools.product((1, 3, 4, 8, 9, 16, 40), (1, 2)):
+        for height, width in ((1, 1), (1, 5), (6, 3)):
+            x = torch.randn(batch, channels, height, width, dtype=dtype)
+            assert torch.equal(run([upsample(channels)], x), torch.nn.functional.interpolate(x, scale_factor=2))
+    for width, batch in itertools.product((5, 16), (1, 3)):
+        layers = upsampling_network(width)
+        x = torch.randn(batch, 3, 24, 28, dtype=dtype)
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            for length in (6, 7, 9, 10):
+                assert_close(run(layers[:length], x), exact(layers[:length], x))
 
 
 def test_maps_side_by_side_are_the_same_bits(isa):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from chain_layers import Layer, arguments, combined, depthwise_map, expand, gate, max_pool, network, run
+from chain_layers import Layer, arguments, combined, depthwise_map, expand, gate, max_pool, network, run, upsample
 
 from fusedsep import _ops
 from fusedsep._ops import DEPTHWISE, INTERLEAVED, PATCHES, PATCHES_OF_NCHW, PIXELS, SUM
@@ -27,7 +27,7 @@ def test_refuses_what_it_cannot_run():
         "of the dtype of x": (x.double(), packed, text),
         "contiguous in channels_last": (x.contiguous(), packed, text),
         "only the first layer of a chain can read NCHW": (x, packed, changed(1, rows=PATCHES_OF_NCHW)),
-        "rows must be from 0 to 8, got 9": (x, packed, changed(0, rows=9)),
+        "rows must be from 0 to 9, got 10": (x, packed, changed(0, rows=10)),
         "stride must be from 1 to 2, got 3": (x, packed, changed(0, stride=3)),
         "residual must be from -1 to 0, got 1": (x, packed, changed(0, residual=1)),
         "cannot have a residual": (x, packed, changed(4, residual=0)),
@@ -69,15 +69,20 @@ def test_layers_without_weights_refuse_what_they_cannot_run():
         (max_pool(3), {"activation": 1}, "a layer without weights in a chain has no activation"),
         (max_pool(3), {"out_channels": 4}, "as many channels as what it reads"),
         (combined(SUM, 3), {"pointwise_activation": 1}, "a layer without weights in a chain has no activation"),
-        (max_pool(3), {"joined_activation": 1}, "nor a max pool in a chain has a joined_activation"),
+        (max_pool(3), {"joined_activation": 1}, "upsampled map in a chain has a joined_activation"),
         (combined(SUM, 3), {"joined_activation": 8}, "joined_activation must be from 0 to 7, got 8"),
         (combined(SUM, 3), {"out_channels": 2}, "as many channels as what it reads"),
-        (combined(SUM, 3), {"stride": 2}, "maps that are combined in a chain have no stride"),
+        (combined(SUM, 3), {"stride": 2}, "maps that are combined or upsampled in a chain have no stride"),
         (expand(3, 3), {"pad_left": 1}, "a 1x1 convolution in a chain has no padding"),
+        (upsample(3), {"stride": 2}, "maps that are combined or upsampled in a chain have no stride"),
+        (upsample(3), {"residual": 0}, "a map of the same shape"),
+        (upsample(3), {"activation": 1}, "a layer without weights in a chain has no activation"),
+        (upsample(3), {"joined_activation": 1}, "upsampled map in a chain has a joined_activation"),
+        (upsample(3), {"out_channels": 4}, "as many channels as what it reads"),
         (combined(INTERLEAVED, 3), {}, "a map is interleaved with a second one"),
         (combined(INTERLEAVED, 3, 0), {"out_channels": 5}, "twice as many channels"),
         (combined(INTERLEAVED, 3, 0), {"residual_begin": 1}, "a map of the same shape"),
-        (combined(INTERLEAVED, 3, 0), {"joined_activation": 1}, "nor a max pool in a chain has a joined_activation"),
+        (combined(INTERLEAVED, 3, 0), {"joined_activation": 1}, "no interleaved, pooled or upsampled map"),
     ):
         layer.numbers = layer.numbers._replace(**fields)
         with pytest.raises((RuntimeError, ValueError), match=message):

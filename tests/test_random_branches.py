@@ -71,6 +71,11 @@ class Random(nn.Module):
             pool = self.draw.choice([nn.MaxPool2d(3, 2, 1), site, nn.Conv2d(channels, channels, 1, 2)])
             self.add(lambda x, part: part(x), [number], (channels, halved + 1), pool)
 
+    def enlarge(self, number, channels, halved):
+        if halved > 0:
+            function = self.draw.choice([lambda x: F.interpolate(x, scale_factor=2), nn.Upsample(scale_factor=2)])
+            self.add(function, [number], (channels, halved - 1))
+
     def join(self, number, channels, halved):
         others = self.others(lambda shape: shape[1] == halved and channels + shape[0] < 60)
         if others:
@@ -123,7 +128,7 @@ class Random(nn.Module):
         if self.draw.random() < 0.4:
             self.add(function, [number], (channels, halved))
 
-    KINDS = (*6 * (layer,), *2 * (join, sum, activate), cut, shuffle, halve, excite, reparametrize, other)
+    KINDS = (*6 * (layer,), *2 * (join, sum, activate), cut, shuffle, halve, enlarge, excite, reparametrize, other)
 
     def forward(self, x):
         maps = []
@@ -151,7 +156,7 @@ def test_outputs_are_those_of_the_modules(chains_run):
     for seed in range(100):
         torch.manual_seed(seed)
         model = randomized(Random(seed)).eval()
-        x = torch.randn(2, model.shapes[0][0], 9, 10)
+        x = torch.randn(2, model.shapes[0][0], 12, 20)
         x = x.contiguous(memory_format=torch.channels_last) if seed % 2 else x
         with torch.no_grad():
             exact = [y.double() for y in model.double()(x.double())]

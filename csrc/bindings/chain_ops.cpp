@@ -39,7 +39,7 @@ struct LayerNumbers {
         residual_begin(n[18]),
         joined_activation(n[19]) {
     constexpr int64_t kMost = int64_t(1) << 40;
-    check_range("a layer's rows", n[0], 0, int64_t(Rows::kMaxPool));
+    check_range("a layer's rows", n[0], 0, int64_t(Rows::kUpsample));
     check_range("a layer's out_channels", out_channels, 1, kMost);
     check_range("a layer's input_begin", input_begin, 0, kMost);
     check_range("a layer's in_channels", in_channels, 0, kMost);
@@ -48,7 +48,7 @@ struct LayerNumbers {
     check_geometry(geometry, kLastLayerActivation);
     check_range("a layer's joined_activation", joined_activation, 0, kLastLayerActivation);
     STD_TORCH_CHECK(joined_activation == 0 || rows == Rows::kSum || has_weights(),
-                    "neither an interleaved map nor a max pool in a chain has a joined_activation");
+                    "no interleaved, pooled or upsampled map in a chain has a joined_activation");
     STD_TORCH_CHECK(rows == Rows::kDepthwiseMap || geometry.activation <= kLastActivation,
                     "of a separable convolution in a chain, activation must be from 0 to ", kLastActivation);
     const bool is_map = rows == Rows::kDepthwiseMap, is_pool = rows == Rows::kMaxPool;
@@ -65,7 +65,7 @@ struct LayerNumbers {
   }
 
   bool combines() const { return rows == Rows::kSum || rows == Rows::kInterleaved; }
-  bool has_weights() const { return !combines() && rows != Rows::kMaxPool; }
+  bool has_weights() const { return !combines() && rows != Rows::kMaxPool && rows != Rows::kUpsample; }
 };
 
 // A map of a chain, as far as layers have written it.
@@ -188,21 +188,27 @@ class ChainReader {
     if (n.rows == Rows::kMeans) {
       STD_TORCH_CHECK(params.height > 0 && params.width > 0, "x is too small: a map without a pixel has no mean");
       params.out_height = params.out_width = 1;
-    } else if (n.rows == Rows::kPixels || n.combines()) {
+    } else if (n.rows == Rows::kPixels || n.rows == Rows::kUpsample || n.combines()) {
       STD_TORCH_CHECK(params.height > 0 && params.width > 0, "x is too small: it has no pixel");
-      STD_TORCH_CHECK(g.stride == 1 || n.rows == Rows::kPixels, "maps that are combined in a chain have no stride");
+      STD_TORCH_CHECK(g.stride == 1 || n.rows == Rows::kPixels,
+                      "maps that are combined or upsampled in a chain have no stride");
       STD_TORCH_CHECK(g.pad_top == 0 && g.pad_bottom == 0 && g.pad_left == 0 && g.pad_right == 0,
                       "a 1x1 convolution in a chain has no padding");
       params.out_height = (params.height + g.stride - 1) / g.stride;
       params.out_width = (params.width + g.stride - 1) / g.stride;
+      if (n.rows == Rows::kUpsample) {
+        params.out_height *= 2;
+        params.out_width *= 2;
+      }
     } else {
       params.out_height = output_size("height", params.height, g.pad_top, g.pad_bottom, g);
       params.out_width = output_size("width", params.width, g.pad_left, g.pad_right, g);
     }
     STD_TORCH_CHECK(n.rows != Rows::kDepthwiseMap || params.out_channels == params.in_channels,
                     "a depthwise convolution alone has as many output channels as input channels");
-    STD_TORCH_CHECK((n.rows != Rows::kSum && n.rows != Rows::kMaxPool) || params.out_channels == params.in_channels,
-                    "a sum or a max pool has as many channels as what it reads");
+    const bool keeps_channels = n.rows == Rows::kSum || n.rows == Rows::kMaxPool || n.rows == Rows::kUpsample;
+    STD_TORCH_CHECK(!keeps_channels || params.out_channels == params.in_channels,
+                    "a sum, a max pool or an upsampled map has as many channels as what it reads");
     STD_TORCH_CHECK(n.rows != Rows::kInterleaved || params.out_channels == 2 * params.in_channels,
                     "maps that are interleaved give twice as many channels");
     element_count(batch_, params.out_channels, params.out_height, params.out_width);

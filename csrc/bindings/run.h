@@ -203,13 +203,13 @@ void run_combine(const SeparableKernels<T>& kernels, const SeparableParams<T>& p
   });
 }
 
+// A kernel that works on output rows: `max_pool` or `upsample`.
 template <typename T, class ParallelFor>
-void run_max_pool(const SeparableKernels<T>& kernels, const SeparableParams<T>& params, int64_t threads,
-                  const ParallelFor& parallel_for) {
+void run_rows(void (*kernel)(const SeparableParams<T>&, int64_t, int64_t), const SeparableParams<T>& params,
+              int64_t threads, const ParallelFor& parallel_for) {
   const int64_t rows = params.batch * params.out_height, workers = std::min(threads, rows);
-  parallel_for(workers, [&](int64_t begin, int64_t end) {
-    kernels.max_pool(params, begin * rows / workers, end * rows / workers);
-  });
+  parallel_for(workers,
+               [&](int64_t begin, int64_t end) { kernel(params, begin * rows / workers, end * rows / workers); });
 }
 
 // A separable convolution with scratch that the calling thread keeps.

@@ -156,6 +156,7 @@ class LayerRun {
       case Rows::kSum:
       case Rows::kInterleaved:
       case Rows::kMaxPool:
+      case Rows::kUpsample:
         return 0;
       case Rows::kDepthwiseMap:
         return MapSplit<T>(kernels_, params, threads).size;
@@ -188,7 +189,10 @@ class LayerRun {
           run_combine(kernels_, params, threads, parallel_for);
           break;
         case Rows::kMaxPool:
-          run_max_pool(kernels_, params, threads, parallel_for);
+          run_rows(kernels_.max_pool, params, threads, parallel_for);
+          break;
+        case Rows::kUpsample:
+          run_rows(kernels_.upsample, params, threads, parallel_for);
           break;
         case Rows::kDepthwiseMap:
           run_depthwise_map(kernels_, params, threads, parallel_for, scratch);

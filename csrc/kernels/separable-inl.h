@@ -16,6 +16,7 @@
 #include "pointwise-inl.h"
 #include "separable.h"
 #include "sigmoid-inl.h"
+#include "upsample-inl.h"
 
 namespace fusedsep {
 namespace {
@@ -139,7 +140,8 @@ SeparableKernels<typename V::T> separable_kernels() {
           kLineVectors<V> * V::kLanes,
           depthwise_map<V>,
           combine<V>,
-          max_pool<V>};
+          max_pool<V>,
+          upsample<V>};
 }
 
 }  // namespace

@@ -62,6 +62,8 @@ enum class Rows : int32_t {
   kInterleaved = 7,
   // The largest of kernel x kernel pixels, of those inside the map, for `max_pool`; NaN if one of them is.
   kMaxPool = 8,
+  // y[n, c, i, j] = x[n, c, i / 2, j / 2], for `upsample`.
+  kUpsample = 9,
 };
 
 // Weights and values a channel of maps of T: of the same type, except for the 16-bit types of csrc/cuda/element.h.
@@ -95,7 +97,8 @@ struct SeparableParams {
   // A map of the shape of y that is added to it at the end; in channels_last, not for patches, and it does not overlap
   // y.
   const T* residual = nullptr;
-  // Of what is stored in the end, behind the residual; not in NCHW, and not in kInterleaved and kMaxPool.
+  // Of what is stored in the end, behind the residual; not in NCHW, and not in kInterleaved, kMaxPool
+  // and kUpsample.
   Activation joined_activation = Activation::kNone;
   // In channels_last, elements between neighbouring pixels of x, y and residual where those are some channels of maps
   // that have more; 0: as many as they have channels.
@@ -173,8 +176,9 @@ struct SeparableKernels {
 
   // Rows::kSum and Rows::kInterleaved, for pixels [begin, end), counted on from image to image.
   void (*combine)(const SeparableParams<T>& params, int64_t begin, int64_t end);
-  // Rows::kMaxPool, for output rows [row_begin, row_end), counted on from image to image.
+  // Rows::kMaxPool and Rows::kUpsample, for output rows [row_begin, row_end), counted on from image to image.
   void (*max_pool)(const SeparableParams<T>& params, int64_t row_begin, int64_t row_end);
+  void (*upsample)(const SeparableParams<T>& params, int64_t row_begin, int64_t row_end);
 };
 
 }  // namespace fusedsep

@@ -14,7 +14,7 @@ from .._chain import INPUT, Link, Part
 from .._chain_convolutions import Convolution, FrozenSite, Site, SumOfBranches
 from .._chain_elements import Element
 from .._chain_products import Classifier, Gate, GatedConvolution
-from .._combinations import MaxPool
+from .._combinations import MaxPool, Upsample
 from .._compat import is_patched_convolution, is_plain_convolution
 from .._padding import NO_PADS, Pads, convolution_pads, pad_map, sum_of_pads
 from .activations import multiplies
@@ -34,6 +34,7 @@ from .layer_kinds import (
 )
 from .maps import Maps, channels_of
 from .program import FusedSite
+from .resizing import doubles_the_map, max_pool_window
 from .sites import input_of, zero_pads
 from .tails import only_reader, tail_behind
 
@@ -167,7 +168,7 @@ class Run(Flow):
             return True
         if self._take_branches(node, source) or self._take_layer(node, source):
             return True
-        if self._take_shuffle(node, source) or self._take_pool(node, source):
+        if self._take_shuffle(node, source) or self._take_pool(node, source) or self._take_upsampling(node, source):
             return True
         return rank_of_pooled(node, self._modules) is not None and (
             self._take_gate(node, source) or self._take_head(source)
@@ -296,23 +297,21 @@ class Run(Flow):
         return self._take_convolution(nodes, conv, pads)
 
     def _take_pool(self, node: fx.Node, source: fx.Node) -> bool:
-        """A max pool of few pixels."""
         module = self._module(node)
-        if module is None or type(module).forward is not nn.MaxPool2d.forward or "forward" in vars(module):
-            return False
-        sizes = [
-            size if isinstance(size, tuple) else (size, size)
-            for size in (module.kernel_size, module.stride, module.padding)
-        ]
-        kernel, stride, padding = (size[0] for size in sizes)
-        plain = module.dilation in (1, (1, 1)) and not module.ceil_mode and not module.return_indices
-        if not plain or any(a != b for a, b in sizes) or kernel not in (2, 3) or stride > 2:
-            return False
-        read = self._readable(source)
+        window = max_pool_window(module)
+        read = None if window is None else self._readable(source)
         if read is None:
             return False
-        pool = MaxPool(read.channels, kernel, stride, padding, [module])
+        pool = MaxPool(read.channels, *window, [module])
         self._add_step(lambda frozen: pool, [node], read, read.channels, adds=False, activates=False)
+        return True
+
+    def _take_upsampling(self, node: fx.Node, source: fx.Node) -> bool:
+        read = self._readable(source) if doubles_the_map(node, self._modules) else None
+        if read is None:
+            return False
+        element = Upsample(read.channels, self._modules_of([node]))
+        self._add_step(lambda frozen: element, [node], read, read.channels, activates=False)
         return True
 
     def _take_gate(self, pool: fx.Node, source: fx.Node) -> bool:
