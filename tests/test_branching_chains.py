@@ -313,12 +313,13 @@ POOLS = {
     "3, 2, 1": nn.MaxPool2d(3, 2, 1),
     "2": nn.MaxPool2d(2),
     "3, 1, (1, 1)": nn.MaxPool2d((3, 3), (1, 1), (1, 1)),
+    "13, 1, 6": nn.MaxPool2d(13, 1, 6),
 }
 OTHER_POOLS = {
     "ceil": nn.MaxPool2d(3, 2, 1, ceil_mode=True),
     "dilation": nn.MaxPool2d(3, 1, 1, dilation=2),
     "oblong": nn.MaxPool2d((3, 2)),
-    "large": nn.MaxPool2d(5, 1, 2),
+    "large": nn.MaxPool2d(15, 1, 7),
     "stride 3": nn.MaxPool2d(3),
     "mean": nn.AvgPool2d(2),
 }

@@ -62,7 +62,7 @@ def changed_text(text, layer, **fields):
 
 def test_layers_without_weights_refuse_what_they_cannot_run():
     for layer, fields, message in (
-        (max_pool(3), {"kernel": 4}, "kernel must be from 2 to 3, got 4"),
+        (max_pool(3), {"kernel": 14}, "kernel must be from 2 to 13, got 14"),
         (max_pool(3), {"pad_left": 2}, "padding of half its kernel at most"),
         (max_pool(3), {"dilation": 2}, "a max pool in a chain has dilation 1"),
         (max_pool(3), {"residual": 0}, "and no residual"),

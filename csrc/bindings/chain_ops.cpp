@@ -52,7 +52,7 @@ struct LayerNumbers {
     STD_TORCH_CHECK(rows == Rows::kDepthwiseMap || geometry.activation <= kLastActivation,
                     "of a separable convolution in a chain, activation must be from 0 to ", kLastActivation);
     const bool is_map = rows == Rows::kDepthwiseMap, is_pool = rows == Rows::kMaxPool;
-    check_range("a layer's kernel", geometry.kernel, is_pool ? 2 : 3, is_map ? 11 : 3);
+    check_range("a layer's kernel", geometry.kernel, is_pool ? 2 : 3, is_pool ? 13 : is_map ? 11 : 3);
     STD_TORCH_CHECK(is_pool || geometry.kernel % 2 == 1, "a layer's kernel must be odd");
     STD_TORCH_CHECK(!is_map || geometry.pointwise_activation == 0,
                     "a depthwise convolution alone in a chain has one activation");

@@ -21,7 +21,7 @@ class Window(NamedTuple):
 
 
 def max_pool_window(module: nn.Module | None) -> Window | None:
-    """Of a max pool of few pixels, if ``module`` is one."""
+    """Of ``module``, if it is a max pool that chains have a kernel for."""
     if module is None or type(module).forward is not nn.MaxPool2d.forward or "forward" in vars(module):
         return None
     sizes = [
@@ -30,7 +30,7 @@ def max_pool_window(module: nn.Module | None) -> Window | None:
     ]
     window = Window(*(size[0] for size in sizes))
     plain = module.dilation in (1, (1, 1)) and not module.ceil_mode and not module.return_indices
-    has_kernel = plain and window.kernel in (2, 3) and window.stride <= 2 and all(a == b for a, b in sizes)
+    has_kernel = plain and 2 <= window.kernel <= 13 and window.stride <= 2 and all(a == b for a, b in sizes)
     return window if has_kernel else None
 
 
