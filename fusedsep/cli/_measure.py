@@ -91,8 +91,10 @@ def time_interleaved(
 
     Args:
         inference: under ``torch.inference_mode()``.
-        pause: seconds to wait before each timed call and 2 ms of the same that are not timed, which bring back to the
-            caches what the others threw out. Without it a call finds the caches as the one before left them.
+        pause: seconds to wait before each timed call and as many of the same, 2 ms at least, that are not timed, which
+            bring back to the caches what the others threw out, and the threads to cores of their own: an engine that
+            pins its threads may leave all on one, and short calls then last from one tick of the scheduler to the next.
+            Without it a call finds the caches as the one before left them.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode(inference):
@@ -103,7 +105,7 @@ def time_interleaved(
             for name, call in calls.items():
                 if pause is not None:
                     time.sleep(pause)
-                    _run_for(_REHEARSAL, call)
+                    _run_for(max(pause, _REHEARSAL), call)
                 start = time.perf_counter_ns()
                 call()
                 samples[name].append((time.perf_counter_ns() - start) / 1e6)
