@@ -124,8 +124,8 @@ struct MapKernels {
   using Function = void (*)(const MapSegment<V>&);
   static constexpr int kMost = kMapPixels<V>;
 
-  Function table[4][2]
-                [kMost];  // [kernel / 2 - 1, or 3 for larger kernels and for dilated ones][stride - 1][pixels - 1]
+  // [kernel / 2 - 1, or 3 for larger kernels and for dilated ones][stride - 1][pixels - 1]
+  Function table[4][2][kMost];
 
   constexpr MapKernels() : table{} {
     fill<3, kMost>();
