@@ -327,9 +327,9 @@ def test_plans_are_within_the_limits_of_the_kernels(isa, threads, channels_last)
         assert plan["share_tiles"] in ((False, True) if threads > 1 else (False,))
 
 
-def test_the_fingerprint_sees_every_bit():
-    array = np.random.default_rng(0).bytes(203)
-    buffer = np.frombuffer(array, np.uint8).copy()
+@pytest.mark.parametrize("size", [203, 4096 + 203])
+def test_the_fingerprint_sees_every_byte(size):
+    buffer = np.frombuffer(np.random.default_rng(0).bytes(size), np.uint8).copy()
     prints = {_C.fingerprint([(buffer.ctypes.data, len(buffer))])}
     for i in range(len(buffer)):
         buffer[i] ^= 1 << (i % 8)

@@ -11,13 +11,14 @@
 namespace fusedsep {
 namespace {
 
-// Thirty-two lanes of h = rotate(h ^ word, 13) * odd. Every step is a bijection of h, so that one changed word changes
-// its lane for certain, and the rotation carries sign bits down, so that negating everything does not cancel out.
-inline uint64_t fingerprint(const void* memory, size_t bytes, uint64_t seed) {
+// Lanes of h = rotate(h ^ word, 13) * odd, 8 * kGroups of them. Every step is a bijection of h, so that one changed word
+// changes its lane for certain, and the rotation carries sign bits down, so that negating everything does not cancel
+// out.
+template <int kGroups>
+uint64_t lane_hash(const char* data, size_t bytes, uint64_t seed) {
   typedef uint32_t Words __attribute__((vector_size(32)));
-  constexpr int kGroups = 4;
   constexpr uint32_t kMultiplier = 0x9E3779B1u;  // a prime near 2^32 / golden ratio
-  const char* data = static_cast<const char*>(memory);
+  constexpr size_t kAhead = 2048;                // bytes; processors' own prefetchers stop at the end of a page
   Words hash[kGroups];
   for (int g = 0; g < kGroups; ++g) {
     for (int i = 0; i < 8; ++i) hash[g][i] = uint32_t(8 * g + i) * 0x85EBCA6Bu;
@@ -31,7 +32,10 @@ inline uint64_t fingerprint(const void* memory, size_t bytes, uint64_t seed) {
     }
   };
   size_t i = 0;
-  for (; i + sizeof(hash) <= bytes; i += sizeof(hash)) absorb(data + i);
+  for (; i + sizeof(hash) <= bytes; i += sizeof(hash)) {
+    for (size_t line = 0; line < sizeof(hash); line += 64) __builtin_prefetch(data + i + kAhead + line, 0, 3);
+    absorb(data + i);
+  }
   if (i < bytes) {
     char last[sizeof(hash)] = {};
     std::memcpy(last, data + i, bytes - i);
@@ -45,6 +49,14 @@ inline uint64_t fingerprint(const void* memory, size_t bytes, uint64_t seed) {
     }
   }
   return result;
+}
+
+// Twice the lanes where memory is long: a lane waits for its multiplication, and then does not hold back the reading.
+// What becomes of the lanes in the end would cost short memory more than that.
+inline uint64_t fingerprint(const void* memory, size_t bytes, uint64_t seed) {
+  constexpr size_t kLong = 4096;
+  const char* const data = static_cast<const char*>(memory);
+  return bytes < kLong ? lane_hash<4>(data, bytes, seed) : lane_hash<8>(data, bytes, seed);
 }
 
 }  // namespace
