@@ -34,10 +34,13 @@ def places_of_norm(bn: nn.Module | None) -> list[Place]:
     return [*places_of(bn), (vars(bn), "_buffers", "running_mean"), (vars(bn), "_buffers", "running_var")]
 
 
-def pack_product(weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
-    """A product alone: ``weight`` is ``[N, C]``."""
+def pack_product(
+    weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None, eps: float | None = None
+) -> torch.Tensor:
+    """A product alone: ``weight`` is ``[N, C]``; of pixels that are normalized with ``eps``, if it is given."""
     no_depthwise = weight.new_zeros(weight.shape[1], 1, 3, 3)
-    return _ops.pack(no_depthwise, None, None, weight.contiguous()[:, :, None, None], scale, bias, True)
+    epsilons = None if eps is None else weight.new_full((weight.shape[1],), eps, dtype=torch.double)
+    return _ops.pack(no_depthwise, None, epsilons, weight.contiguous()[:, :, None, None], scale, bias, True)
 
 
 def pixels_layer(out_channels: int, activation: int) -> ChainLayer:

@@ -35,8 +35,9 @@ depthwise_backward = torch.ops.fusedsep.depthwise_backward.default
 NO_NORM, FIXED_STATISTICS, BATCH_STATISTICS = 0, 1, 2
 
 
-#: What a layer of a chain multiplies with its pointwise weights; the last four have none (csrc/kernels/separable.h).
-DEPTHWISE, PATCHES, PATCHES_OF_NCHW, MEANS, PIXELS, DEPTHWISE_MAP, SUM, INTERLEAVED, MAX_POOL, UPSAMPLE = range(10)
+#: What a layer of a chain multiplies with its pointwise weights, or what it is without any (csrc/kernels/separable.h).
+DEPTHWISE, PATCHES, PATCHES_OF_NCHW, MEANS, PIXELS, DEPTHWISE_MAP = range(6)
+SUM, INTERLEAVED, MAX_POOL, UPSAMPLE, NORMALIZED_PIXELS = range(6, 11)
 
 
 class ChainLayer(NamedTuple):

@@ -13,6 +13,7 @@ from fusedsep._ops import (
     INTERLEAVED,
     MAX_POOL,
     MEANS,
+    NORMALIZED_PIXELS,
     PATCHES,
     PATCHES_OF_NCHW,
     PIXELS,
@@ -21,6 +22,7 @@ from fusedsep._ops import (
     ChainLayer,
 )
 
+EPS = 1e-4  # of pixels that are normalized
 ACTIVATIONS = (lambda x: x, torch.relu, F.relu6, F.hardswish, F.silu, torch.sigmoid, F.hardsigmoid, F.gelu)
 
 
@@ -57,12 +59,15 @@ class Layer:
             return torch.empty(0, dtype=dtype)
         if n.rows == DEPTHWISE_MAP:
             return _ops.pack_depthwise(self.first.to(dtype), None, self.first_bias)
-        depthwise = n.rows == DEPTHWISE
-        first = self.first if depthwise else torch.zeros(self.weight.shape[1], 1, 3, 3)
+        first, first_bias = torch.zeros(self.weight.shape[1], 1, 3, 3), None
+        if n.rows == DEPTHWISE:
+            first, first_bias = self.first, self.first_bias
+        elif n.rows == NORMALIZED_PIXELS:
+            first_bias = torch.full_like(self.first_bias, EPS)
         return _ops.pack(
             first.to(dtype),
             None,
-            self.first_bias if depthwise else None,
+            first_bias,
             self.weight.to(dtype)[:, :, None, None],
             None,
             self.bias,
@@ -79,7 +84,9 @@ class Layer:
         act, pointwise_act = ACTIVATIONS[n.activation], ACTIVATIONS[n.pointwise_activation]
         if n.rows == MEANS:
             return pointwise_act(F.linear(x.mean((2, 3)), self.weight, self.bias))[:, :, None, None]
-        if n.rows == PIXELS:
+        if n.rows == NORMALIZED_PIXELS:
+            x = F.layer_norm(x.movedim(1, -1), x.shape[1:2], eps=EPS).movedim(-1, 1)
+        if n.rows in (PIXELS, NORMALIZED_PIXELS):
             return pointwise_act(F.conv2d(x, self.weight[:, :, None, None], self.bias, n.stride))
         if n.rows in (DEPTHWISE, DEPTHWISE_MAP):
             h = F.conv2d(F.pad(x, pads), self.first, self.first_bias, n.stride, 0, n.dilation, x.shape[1])
@@ -247,8 +254,19 @@ def excited_network(width=8):
     ]
 
 
-def pixels(channels, out_channels, activation=0, residual=-1, stride=1, **places):
-    return Layer(PIXELS, channels, out_channels, stride, 1, (0, 0, 0, 0), (0, activation), residual, **places)
+def normalized_network(width=9):
+    """Blocks of depthwise convolutions of 7x7 taps, normalized pixels and two products, as ConvNeXt has them."""
+    block = [depthwise_map(width, 7), normalized(width, 3 * width, 7), pixels(3 * width, width, residual=0)]
+    more = [depthwise_map(width, 5), normalized(width, 40, 4), normalized(40, width, 1, residual=3)]
+    return [*block, *more, Layer(MEANS, width, 13, pads=(0, 0, 0, 0), activations=(0, 0))]
+
+
+def pixels(channels, out_channels, activation=0, residual=-1, stride=1, rows=PIXELS, **places):
+    return Layer(rows, channels, out_channels, stride, 1, (0, 0, 0, 0), (0, activation), residual, **places)
+
+
+def normalized(channels, out_channels, activation=0, residual=-1, **places):
+    return pixels(channels, out_channels, activation, residual, rows=NORMALIZED_PIXELS, **places)
 
 
 def combined(rows, channels, residual=-1, **places):

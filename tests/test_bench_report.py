@@ -15,6 +15,7 @@ import torch.nn as nn
 from chain_layers import rows_of
 from randomize import randomized
 from test_gated_chains import EfficientNet
+from test_linear_chains import ConvolutionBlock, LinearBlock
 from test_whole_convolutions import Whole
 
 import fusedsep
@@ -110,6 +111,15 @@ def test_the_parts_of_an_excited_network(chain_calls):
         torch.testing.assert_close(parts[-1].call(), network(x), rtol=1e-4, atol=1e-4)
     assert len(chain_calls) == 1
     assert not {part.kind for part in parts} - _inference_page._KINDS.keys()
+
+
+def test_the_parts_of_linear_layers():
+    network, x = torch.nn.Sequential(LinearBlock(), ConvolutionBlock()).eval(), torch.randn(2, 12, 9, 8)
+    parts = _parts.parts_of(fusedsep.freeze(network), x)
+    assert [part.kind for part in parts] == 2 * [_parts.DEPTHWISE, _parts.POINTWISE, _parts.POINTWISE]
+    assert sum(part.mult_adds for part in parts) == fusedsep.complexity(network, x.shape).mult_adds
+    with torch.inference_mode():
+        torch.testing.assert_close(parts[-1].call() + network[0](x), network(x))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

@@ -22,6 +22,7 @@ from chain_layers import (
     joined_network,
     max_pool,
     network,
+    normalized_network,
     pixels,
     residual_network,
     run,
@@ -368,6 +369,7 @@ def test_no_map_lies_on_another_one():
         (lambda: excited_network(24), 3),
         (lambda: joined_network(24), 3),
         (lambda: branching_network(24), 3),
+        (lambda: normalized_network(40), 40),
         (lambda: [depthwise_map(24, 5, 2), depthwise_map(24, 7, activation=3)], 24),
     ],
 )

@@ -39,7 +39,7 @@ struct LayerNumbers {
         residual_begin(n[18]),
         joined_activation(n[19]) {
     constexpr int64_t kMost = int64_t(1) << 40;
-    check_range("a layer's rows", n[0], 0, int64_t(Rows::kUpsample));
+    check_range("a layer's rows", n[0], 0, int64_t(Rows::kNormalizedPixels));
     check_range("a layer's out_channels", out_channels, 1, kMost);
     check_range("a layer's input_begin", input_begin, 0, kMost);
     check_range("a layer's in_channels", in_channels, 0, kMost);
@@ -188,10 +188,11 @@ class ChainReader {
     if (n.rows == Rows::kMeans) {
       STD_TORCH_CHECK(params.height > 0 && params.width > 0, "x is too small: a map without a pixel has no mean");
       params.out_height = params.out_width = 1;
-    } else if (n.rows == Rows::kPixels || n.rows == Rows::kUpsample || n.combines()) {
+    } else if (n.rows == Rows::kPixels || n.rows == Rows::kNormalizedPixels || n.rows == Rows::kUpsample ||
+               n.combines()) {
       STD_TORCH_CHECK(params.height > 0 && params.width > 0, "x is too small: it has no pixel");
       STD_TORCH_CHECK(g.stride == 1 || n.rows == Rows::kPixels,
-                      "maps that are combined or upsampled in a chain have no stride");
+                      "maps that are normalized, combined or upsampled in a chain have no stride");
       STD_TORCH_CHECK(g.pad_top == 0 && g.pad_bottom == 0 && g.pad_left == 0 && g.pad_right == 0,
                       "a 1x1 convolution in a chain has no padding");
       params.out_height = (params.height + g.stride - 1) / g.stride;

@@ -11,9 +11,9 @@
 namespace fusedsep {
 namespace {
 
-// Lanes of h = rotate(h ^ word, 13) * odd, 8 * kGroups of them. Every step is a bijection of h, so that one changed word
-// changes its lane for certain, and the rotation carries sign bits down, so that negating everything does not cancel
-// out.
+// Lanes of h = rotate(h ^ word, 13) * odd, 8 * kGroups of them. Every step is a bijection of h, so that one changed
+// word changes its lane for certain, and the rotation carries sign bits down, so that negating everything does not
+// cancel out.
 template <int kGroups>
 uint64_t lane_hash(const char* data, size_t bytes, uint64_t seed) {
   typedef uint32_t Words __attribute__((vector_size(32)));

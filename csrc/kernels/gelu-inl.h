@@ -12,21 +12,22 @@ namespace {
 //
 // and q = exp(-a^2 / 2) / (1 + sqrt(2) a) * P(t), t = (a - k) / (a + k), where P is nearly a constant (M. Shepherd,
 // J. Laframboise, "Chebyshev Approximation of (1 + 2x) exp(x^2) erfc x in 0 <= x < inf", 1981). Its coefficients, of
-// the lowest power first, are those of the polynomial through the Chebyshev nodes up to `kMost`, where exp is 0; it is
-// off by 4e-9 of P for float and 2e-17 for double. No difference of near numbers is taken for negative x, so that the
-// few percent of it that GELU hands on are precise too.
+// the lowest power first, are those of the polynomial through the Chebyshev nodes up to 14 for float, where it is off
+// by 4e-9 of P, and up to 39 for double, 2e-17. No difference of near numbers is taken for negative x, so that the few
+// percent of it that GELU hands on are precise too. Beyond `kMost` q is 0: a * q is 3e-37 and 2e-306 there, and with
+// larger a some step would soon give a subnormal number, for which some processors take as long as for ten vectors.
 template <typename T>
 struct GeluConstants;
 template <>
 struct GeluConstants<float> {
-  static constexpr float kMost = 14, kCentre = 4;
+  static constexpr float kMost = 12.9f, kCentre = 4;
   static constexpr float kSeries[] = {0x1.41c7dap-1f,  -0x1.0f10fcp-4f,  -0x1.03dc02p-5f, 0x1.1f5426p-4f,
                                       -0x1.ddbfc2p-5f, 0x1.d9520ap-6f,   -0x1.dd6842p-8f, -0x1.6c4e0cp-11f,
                                       0x1.137266p-10f, -0x1.1a404ep-14f, -0x1.bed75cp-14f};
 };
 template <>
 struct GeluConstants<double> {
-  static constexpr double kMost = 39, kCentre = 5;
+  static constexpr double kMost = 37.5, kCentre = 5;
   static constexpr double kSeries[] = {
       0x1.3ddc3d8fef7c6p-1,   -0x1.1eef47981a498p-4,  -0x1.12d6bf79857e5p-8,  0x1.86567c44c31adp-5,
       -0x1.d43f36c029b96p-5,  0x1.6bb7292c84e3ep-5,   -0x1.9c86836508061p-6,  0x1.4e860d65b9865p-7,
@@ -42,7 +43,7 @@ FUSEDSEP_INLINE V gelu(V x) {
   using C = GeluConstants<T>;
   constexpr int kTerms = int(sizeof(C::kSeries) / sizeof(T));
   const V one = V::broadcast(T(1)), centre = V::broadcast(C::kCentre);
-  const V a = V::min(V::broadcast(C::kMost), V::max(V::sub(V::zero(), x), x));
+  const V most = V::broadcast(C::kMost), magnitude = V::max(V::sub(V::zero(), x), x), a = V::min(most, magnitude);
   // 1 / (1 + sqrt(2) a) and t, with one division for both.
   const V scale = V::fma(a, V::broadcast(T(1.41421356237309504880)), one), above = V::add(a, centre);
   const V inverse = V::div(one, V::mul(scale, above));
@@ -53,8 +54,8 @@ FUSEDSEP_INLINE V gelu(V x) {
   // exp(-a^2 / 2) with what rounding a^2 leaves, as a large exponent multiplies its error.
   const V half = V::broadcast(T(-0.5)), square = V::mul(a, a), rest = V::fma(a, a, V::sub(V::zero(), square));
   const V bell = V::mul(exp(V::mul(square, half)), V::fma(rest, half, one));
-  const V q = V::mul(V::mul(bell, V::mul(above, inverse)), series);
-  return V::sub(V::max(V::zero(), x), V::mul(a, q));
+  const V product = V::mul(a, V::mul(V::mul(bell, V::mul(above, inverse)), series));
+  return V::sub(V::max(V::zero(), x), V::select_above(magnitude, most, V::zero(), product));
 }
 
 }  // namespace

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // What a 1x1 convolution alone needs in front of its product, in channels_last: the pixels of its map as row blocks
-// (layout-inl.h).
+// (layout-inl.h), as they are or normalized.
 #pragma once
+
+#include <cmath>
 
 #include "layout-inl.h"
 #include "separable.h"
+#include "strips-inl.h"
 
 namespace fusedsep {
 namespace {
@@ -46,6 +49,48 @@ void pixels(const SeparableParams<typename V::T>& p, const Tile& tile, int64_t c
           last.store(out + whole_end * block.size);
         }
       }
+    }
+  }
+}
+
+// The same of pixels that are normalized, each over all of its channels.
+template <class V>
+void normalized_pixels(const SeparableParams<typename V::T>& p, const Tile& tile, int64_t channel_begin,
+                       int64_t channel_end, typename V::T* scratch) {
+  using T = typename V::T;
+  constexpr int L = V::kLanes;
+  const int64_t channels = p.in_channels, whole = channels / L * L, pitch = x_pitch_of(p);
+  const int64_t count = tile.end - tile.begin, blocks = block_count(count, Tiling<V>::kTileRows);
+  const T* const first = p.x + (tile.image * p.out_height * p.out_width + tile.begin) * pitch;
+  const T epsilon = p.packed[PackedLayout<V>(channels, p.out_channels, true).depthwise];
+  const auto tail = V::mask(0, channels - whole);
+  const auto total = [](const V& sum) {
+    double lanes[L] = {};
+    sum.accumulate(lanes);
+    return sum_of_lanes<V>(lanes);
+  };
+  for (int64_t b = 0; b < blocks; ++b) {
+    const Block block = block_at(count, blocks, b);
+    T* const rows = scratch + block.begin * round_up(channels, L);
+    for (int64_t m = 0; m < block.size; ++m) {
+      const T* const x = first + (block.begin + m) * pitch;
+      V sum = V::zero(), squares = V::zero();
+      for (int64_t c = 0; c < whole; c += L) sum = V::add(sum, V::load(x + c));
+      if (whole < channels) sum = V::add(sum, V::load(x + whole, tail));
+      const V mean = V::broadcast(T(total(sum) / double(channels)));
+      const auto difference = [&](int64_t c) {
+        return V::sub(c < whole ? V::load(x + c) : V::load(x + whole, tail), mean);
+      };
+      for (int64_t c = 0; c < whole; c += L) squares = V::fma(difference(c), difference(c), squares);
+      if (whole < channels) {
+        T lanes[L] = {};  // the others do not count
+        difference(whole).store(lanes, tail);
+        squares = V::fma(V::load(lanes), V::load(lanes), squares);
+      }
+      const double variance = total(squares) / double(channels);
+      const V scale = V::broadcast(T(1 / std::sqrt(variance + double(epsilon))));
+      T* const out = rows + m * L;
+      for (int64_t c = channel_begin; c < channel_end; c += L) V::mul(difference(c), scale).store(out + c * block.size);
     }
   }
 }

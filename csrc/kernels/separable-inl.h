@@ -38,6 +38,8 @@ void depthwise(const SeparableParams<typename V::T>& params, const Tile& tile, i
     means<V>(params, tile, channel_begin, channel_end, scratch);
   } else if (params.rows == Rows::kPixels) {
     pixels<V>(params, tile, channel_begin, channel_end, scratch);
+  } else if (params.rows == Rows::kNormalizedPixels) {
+    normalized_pixels<V>(params, tile, channel_begin, channel_end, scratch);
   } else if (params.rows != Rows::kDepthwise) {
     // `pointwise` reads the image itself
   } else if (params.channels_last) {

@@ -64,6 +64,10 @@ enum class Rows : int32_t {
   kMaxPool = 8,
   // y[n, c, i, j] = x[n, c, i / 2, j / 2], for `upsample`.
   kUpsample = 9,
+  // Each pixel of x less the mean of its channels, over their standard deviation, for a product as in kPixels:
+  // LayerNorm, whose own factors belong to the product. The square root is of the biased variance and a number that the
+  // packed weights have in the place of the depthwise bias.
+  kNormalizedPixels = 10,
 };
 
 // Weights and values a channel of maps of T: of the same type, except for the 16-bit types of csrc/cuda/element.h.

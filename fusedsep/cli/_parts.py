@@ -16,6 +16,7 @@ from .. import _ops
 from .._chain import LayerChain
 from .._chain_convolutions import Convolution
 from .._chain_layers import tensors_at
+from .._chain_linear import ChannelLinear
 from .._chain_products import Classifier, Gate, GatedConvolution
 from .._frozen import FrozenSeparable
 from ._limits import Limits
@@ -65,6 +66,7 @@ def parts_of(frozen: nn.Module, x: torch.Tensor) -> list[Part]:
         mock.patch.object(LayerChain, "_run", lambda chain, x: None),  # layer by layer
         mock.patch.object(FrozenSeparable, "forward", noting(FrozenSeparable.forward, _site)),
         mock.patch.object(Convolution, "__call__", noting(Convolution.__call__, _layer)),
+        mock.patch.object(ChannelLinear, "__call__", noting(ChannelLinear.__call__, _layer)),
         mock.patch.object(Gate, "__call__", noting(Gate.__call__, _layer)),
         mock.patch.object(GatedConvolution, "__call__", noting(GatedConvolution.__call__, _layer)),
         mock.patch.object(Classifier, "__call__", noting(Classifier.__call__, _layer)),
@@ -135,7 +137,9 @@ def _site(index: int, site: FrozenSeparable, x: torch.Tensor, y: torch.Tensor) -
     )
 
 
-def _layer(index: int, layer: Convolution | Gate | Classifier, x: torch.Tensor, y: torch.Tensor) -> Part:
+def _layer(
+    index: int, layer: Convolution | ChannelLinear | Gate | Classifier, x: torch.Tensor, y: torch.Tensor
+) -> Part:
     kind = _kind_of(layer)
     is_first = index == 0 and kind == WHOLE and layer.reads_images  # others read what a chain holds, channels_last
     nchw = is_first and not x.is_contiguous(memory_format=torch.channels_last)
@@ -144,6 +148,8 @@ def _layer(index: int, layer: Convolution | Gate | Classifier, x: torch.Tensor, 
         x = x.contiguous(memory_format=torch.channels_last)
     weights = [tensor for tensor in tensors_at(layer.places()) if tensor is not None]
     products = [tensor for tensor in weights if tensor.dim() > 1]  # the last one of every pixel, the others of means
+    if isinstance(layer, ChannelLinear):
+        products = [layer.layer.weight]
     if kind == GATE:
         of_pixels = y.numel()
     else:
@@ -159,11 +165,13 @@ def _layer(index: int, layer: Convolution | Gate | Classifier, x: torch.Tensor, 
     )
 
 
-def _kind_of(layer: Convolution | Gate | Classifier) -> str:
+def _kind_of(layer: Convolution | ChannelLinear | Gate | Classifier) -> str:
     if isinstance(layer, Classifier):
         return CLASSIFIER
     if isinstance(layer, Gate):
         return GATED if isinstance(layer, GatedConvolution) else GATE
+    if isinstance(layer, ChannelLinear):
+        return POINTWISE
     return POINTWISE if layer.is_pointwise else DEPTHWISE if layer.is_depthwise else WHOLE
 
 

@@ -42,7 +42,7 @@ _CLAMPS = {
 }
 _CLAMP_DEFAULTS = {"min_val": -1.0, "max_val": 1.0, "min": None, "max": None}
 _ADD = {operator.add, torch.add, "add"}  # in place, it would change the map that is multiplied later
-_MULTIPLY = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply"}
+MULTIPLY = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply"}
 _DIVIDE = {operator.truediv, operator.itruediv, torch.div, torch.divide, "div", "div_", "divide"}
 
 
@@ -126,14 +126,14 @@ def composed_activation(x: fx.Node, modules: dict[str, nn.Module]) -> tuple[list
         return nodes, "hardswish"
     for gate in x.users if len(x.users) == 2 else ():  # x * sigmoid(x)
         product = _only_user(gate)
-        if gate_of(gate, modules) == "sigmoid" and product is not None and _combines(product, _MULTIPLY, x, gate):
+        if gate_of(gate, modules) == "sigmoid" and product is not None and _combines(product, MULTIPLY, x, gate):
             return None if gate.target in (torch.sigmoid_, "sigmoid_") else ([gate, product], "silu")
     return None
 
 
 def multiplies(node: fx.Node, a: fx.Node, b: fx.Node) -> bool:
     """Whether ``node`` is the product of the two, and leaves both as they are."""
-    return _combines(node, _MULTIPLY - {operator.imul, "mul_"}, a, b)
+    return _combines(node, MULTIPLY - {operator.imul, "mul_"}, a, b)
 
 
 def composed_hardswish(x: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node] | None:
@@ -146,7 +146,7 @@ def composed_hardswish(x: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Nod
     for start in x.users:
         if _is_hardsigmoid(start, modules):
             product = _only_user(start)
-            if product is not None and _combines(product, _MULTIPLY, x, start):
+            if product is not None and _combines(product, MULTIPLY, x, start):
                 return [start, product]
         if not _scales(start, _ADD, x, 3.0):
             continue
@@ -158,9 +158,9 @@ def composed_hardswish(x: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Nod
             continue
         if _is_sixth(after, clamped):  # x * (relu6(x + 3) / 6)
             product = _only_user(after)
-            if product is not None and _combines(product, _MULTIPLY, x, after):
+            if product is not None and _combines(product, MULTIPLY, x, after):
                 return [start, clamped, after, product]
-        elif _combines(after, _MULTIPLY, x, clamped):  # (x * relu6(x + 3)) / 6
+        elif _combines(after, MULTIPLY, x, clamped):  # (x * relu6(x + 3)) / 6
             sixth = _only_user(after)
             if sixth is not None and _is_sixth(sixth, after):
                 return [start, clamped, after, sixth]
@@ -198,4 +198,4 @@ def _scales(node: fx.Node, targets: set, x: fx.Node, number: float) -> bool:
 
 
 def _is_sixth(node: fx.Node, x: fx.Node) -> bool:
-    return _scales(node, _DIVIDE, x, 6.0) or _scales(node, _MULTIPLY, x, 1 / 6)
+    return _scales(node, _DIVIDE, x, 6.0) or _scales(node, MULTIPLY, x, 1 / 6)

@@ -107,7 +107,11 @@ class Outline:
                 call = self._graph.call_function(chain, (input_of(nodes[0]),))
             nodes[-1].replace_all_uses_with(call)
             for node in reversed(nodes):
+                read = node.all_input_nodes
                 self._graph.erase_node(node)
+                for parameter in read:
+                    if parameter.op == "get_attr" and not parameter.users:
+                        self._graph.erase_node(parameter)
         present = set(self._root.modules())
         for node in self._graph.nodes:
             if node.op == "call_module" and self._modules[node.target] not in present:

@@ -69,7 +69,7 @@ class _Search:
             module = self._module(reader)
             if node_passes_on(reader, self._modules):
                 continue
-            fits = _is_linear(module) if rank == 2 else is_plain_pointwise(module)
+            fits = is_linear(module) if rank == 2 else is_plain_pointwise(module)
             if not fits or "forward" in vars(module):
                 return head
             self._channels = module.weight.shape[0]
@@ -117,7 +117,7 @@ class _Search:
         return [*sizes, reshape] if reshape.args[0] is node and _shape_of(reshape) == (sizes[-1], -1) else None
 
 
-def _is_linear(module: nn.Module | None) -> bool:
+def is_linear(module: nn.Module | None) -> bool:
     """Whether ``module`` is a linear layer; a forward of its own (timm's ``Linear``) is traced."""
     if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
         return isinstance(module, nn.Linear)

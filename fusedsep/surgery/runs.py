@@ -13,6 +13,7 @@ from torch import fx
 from .._chain import INPUT, Link, Part
 from .._chain_convolutions import Convolution, FrozenSite, Site, SumOfBranches
 from .._chain_elements import Element
+from .._chain_linear import ChannelLinear
 from .._chain_products import Classifier, Gate, GatedConvolution
 from .._combinations import MaxPool, Upsample
 from .._compat import is_patched_convolution, is_plain_convolution
@@ -32,6 +33,7 @@ from .layer_kinds import (
     is_pointwise_layer,
     is_whole_convolution,
 )
+from .linears import factors_of, section_from
 from .maps import Maps, channels_of
 from .program import FusedSite
 from .resizing import doubles_the_map, max_pool_window
@@ -159,7 +161,7 @@ class Run(Flow):
 
     def _take(self, node: fx.Node) -> bool:
         """Take ``node``, which reads maps, and what belongs to it."""
-        if self._take_view(node) or self._take_addition(node):
+        if self._take_view(node) or self._take_addition(node) or self._take_factors(node):
             return True
         source = input_of(node)
         if source not in self._values:
@@ -168,7 +170,9 @@ class Run(Flow):
             return True
         if self._take_branches(node, source) or self._take_layer(node, source):
             return True
-        if self._take_shuffle(node, source) or self._take_pool(node, source) or self._take_upsampling(node, source):
+        if self._take_linears(node, source) or self._take_shuffle(node, source):
+            return True
+        if self._take_pool(node, source) or self._take_upsampling(node, source):
             return True
         return rank_of_pooled(node, self._modules) is not None and (
             self._take_gate(node, source) or self._take_head(source)
@@ -296,6 +300,40 @@ class Run(Flow):
             pads = sum_of_pads(pads, more)
         return self._take_convolution(nodes, conv, pads)
 
+    def _take_linears(self, node: fx.Node, source: fx.Node) -> bool:
+        """Linear layers of the channels of each pixel, behind LayerNorm or not."""
+        section = section_from(node, channels_of(self._values[source]), self._modules)
+        read = None if section is None else self._readable(source)
+        if read is None:
+            return False
+        for nodes, layer in zip(section.nodes, section.layers, strict=True):
+            layer.modules = self._modules_of(nodes)
+            read = self._add_step(lambda frozen, layer=layer: layer, nodes, read, layer.out_channels)
+        return True
+
+    def _take_factors(self, node: fx.Node) -> bool:
+        """Factors of the channels that a 1x1 convolution or a linear layer gives, and nobody else reads."""
+        for source in node.all_input_nodes:
+            value = self._maps.joined([self._values[source]]) if source in self._values else ()
+            part = value[0] if len(value) == 1 and value[0].map >= 1 and self._maps.is_whole(value[0]) else None
+            factors = None if part is None else factors_of(node, source, part.channels, self._modules)
+            if factors is None:
+                continue
+            step = self.steps[part.map - 1]
+            layer = None if step.site is not None else _unscaled(step.make(None))
+            nodes = [*factors.constants[:-1], node]
+            if layer is None or step.residual is not None or step.activation != "none" or nodes[0] < self._nodes[0]:
+                return False
+            if not self._is_read_by(part, [node]):
+                return False
+            layer = layer.scaled(factors.scale)
+            self.steps[part.map - 1] = step._replace(make=lambda frozen, layer=layer: layer)
+            self._work += 1
+            self._nodes += nodes
+            self._values[node] = value
+            return True
+        return False
+
     def _take_pool(self, node: fx.Node, source: fx.Node) -> bool:
         module = self._module(node)
         window = max_pool_window(module)
@@ -383,6 +421,16 @@ def own_pads(conv: nn.Conv2d) -> Pads | Literal["same"] | None:
         return read_padding(conv, gradients=False)  # chains have none
     except PaddingUnknown:
         return None
+
+
+def _unscaled(element: Element) -> ChannelLinear | None:
+    """``element`` as a linear layer that may have factors, if it is one, or a 1x1 convolution and nothing else."""
+    if isinstance(element, ChannelLinear):
+        return element if element.activation == "none" and element.scale is None else None
+    is_alone = type(element) is Convolution and element.bn is None and element.activation == "none"
+    if not is_alone or not is_plain_pointwise(element.conv):
+        return None
+    return ChannelLinear(element.conv, None, "none", None, element.modules)
 
 
 def _may_pad(node: fx.Node, module: nn.Module | None) -> bool:
