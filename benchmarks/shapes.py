@@ -80,6 +80,7 @@ OTHER_WHOLE_NETWORKS = [
     ("GhostNet", 224),
     ("Xception", 224),
     ("MobileOne-S1", 224),
+    ("ConvNeXt-Atto", 224),
 ]
 
 #: The entries of `NETWORKS` and the batch, for the comparison with other engines: everything that the paper crosses,

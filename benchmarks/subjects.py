@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import branches
+import convnext
 import inverted_residuals
 import torch
 import torch.nn as nn
@@ -214,6 +215,7 @@ OTHER_NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "GhostNet": branches.GhostNet,
     "Xception": branches.Xception,
     "MobileOne-S1": branches.MobileOne,
+    "ConvNeXt-Atto": convnext.ConvNeXt,
 }
 
 
