@@ -64,6 +64,9 @@ void normalized_pixels(const SeparableParams<typename V::T>& p, const Tile& tile
   const T* const first = p.x + (tile.image * p.out_height * p.out_width + tile.begin) * pitch;
   const T epsilon = p.packed[PackedLayout<V>(channels, p.out_channels, true).depthwise];
   const auto tail = V::mask(0, channels - whole);
+  T ones[L];
+  V::broadcast(T(1)).store(ones);
+  const V counted = V::load(ones, tail);  // 1 in the lanes of the last channels, 0 in those behind them
   const auto total = [](const V& sum) {
     double lanes[L] = {};
     sum.accumulate(lanes);
@@ -71,26 +74,39 @@ void normalized_pixels(const SeparableParams<typename V::T>& p, const Tile& tile
   };
   for (int64_t b = 0; b < blocks; ++b) {
     const Block block = block_at(count, blocks, b);
-    T* const rows = scratch + block.begin * round_up(channels, L);
+    const T* const pixels = first + block.begin * pitch;
+    T means[Tiling<V>::kTileRows], scales[Tiling<V>::kTileRows];
+    // One step for all pixels of the block before the next one: those of a single pixel wait for each other.
     for (int64_t m = 0; m < block.size; ++m) {
-      const T* const x = first + (block.begin + m) * pitch;
-      V sum = V::zero(), squares = V::zero();
+      const T* const x = pixels + m * pitch;
+      V sum = V::zero();
       for (int64_t c = 0; c < whole; c += L) sum = V::add(sum, V::load(x + c));
       if (whole < channels) sum = V::add(sum, V::load(x + whole, tail));
-      const V mean = V::broadcast(T(total(sum) / double(channels)));
-      const auto difference = [&](int64_t c) {
-        return V::sub(c < whole ? V::load(x + c) : V::load(x + whole, tail), mean);
-      };
-      for (int64_t c = 0; c < whole; c += L) squares = V::fma(difference(c), difference(c), squares);
-      if (whole < channels) {
-        T lanes[L] = {};  // the others do not count
-        difference(whole).store(lanes, tail);
-        squares = V::fma(V::load(lanes), V::load(lanes), squares);
+      means[m] = T(total(sum) / double(channels));
+    }
+    for (int64_t m = 0; m < block.size; ++m) {
+      const T* const x = pixels + m * pitch;
+      const V mean = V::broadcast(means[m]);
+      V squares = V::zero();
+      for (int64_t c = 0; c < whole; c += L) {
+        const V difference = V::sub(V::load(x + c), mean);
+        squares = V::fma(difference, difference, squares);
       }
-      const double variance = total(squares) / double(channels);
-      const V scale = V::broadcast(T(1 / std::sqrt(variance + double(epsilon))));
+      if (whole < channels) {
+        const V difference = V::sub(V::load(x + whole, tail), V::mul(mean, counted));
+        squares = V::fma(difference, difference, squares);
+      }
+      scales[m] = T(1 / std::sqrt(total(squares) / double(channels) + double(epsilon)));
+    }
+    T* const rows = scratch + block.begin * round_up(channels, L);
+    for (int64_t m = 0; m < block.size; ++m) {
+      const T* const x = pixels + m * pitch;
       T* const out = rows + m * L;
-      for (int64_t c = channel_begin; c < channel_end; c += L) V::mul(difference(c), scale).store(out + c * block.size);
+      const V mean = V::broadcast(means[m]), scale = V::broadcast(scales[m]);
+      for (int64_t c = channel_begin; c < channel_end; c += L) {
+        const V value = c < whole ? V::load(x + c) : V::load(x + whole, tail);
+        V::mul(V::sub(value, mean), scale).store(out + c * block.size);
+      }
     }
   }
 }
