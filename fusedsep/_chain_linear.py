@@ -16,19 +16,6 @@ from ._chain_layers import Place, pack_product, pixels_layer, places_of
 from ._ops import ChainLayer
 
 
-class ChannelNorm(NamedTuple):
-    """``F.layer_norm(x, (C,), weight, bias, eps)`` of the channels of each pixel, with the tensors of ``module``.
-
-    Source: J. Ba et al., "Layer Normalization", 2016, section 3.
-    """
-
-    module: nn.Module
-    eps: float
-
-    def places(self) -> list[Place]:
-        return places_of(self.module)
-
-
 class LayerScale(NamedTuple):
     """A parameter of ``owner``, with a factor for each channel.
 
@@ -38,8 +25,9 @@ class LayerScale(NamedTuple):
     owner: nn.Module
     name: str
 
-    def places(self) -> list[Place]:
-        return [(vars(self.owner), "_parameters", self.name)]
+    @property
+    def place(self) -> Place:
+        return vars(self.owner), "_parameters", self.name
 
     @property
     def factors(self) -> torch.Tensor:
@@ -51,7 +39,7 @@ class ChannelLinear:
 
     Args:
         layer: an ``nn.Linear``, or a 1x1 convolution of stride 1.
-        norm: in front of it, or ``None``.
+        norm: of the channels, in front of it, or ``None`` (J. Ba et al., "Layer Normalization", 2016, section 3).
         activation: its name.
         scale: of its output, or ``None``; not behind an activation.
         modules: all that it stands for.
@@ -60,7 +48,7 @@ class ChannelLinear:
     def __init__(
         self,
         layer: nn.Linear | nn.Conv2d,
-        norm: ChannelNorm | None,
+        norm: nn.LayerNorm | None,
         activation: str,
         scale: LayerScale | None,
         modules: list[nn.Module],
@@ -75,8 +63,10 @@ class ChannelLinear:
         return other
 
     def places(self) -> list[Place]:
-        parts = [part for part in (self.norm, self.scale) if part is not None]
-        return [*places_of(self.layer), *(place for part in parts for place in part.places())]
+        places = places_of(self.layer)
+        if self.norm is not None:
+            places += places_of(self.norm)
+        return places if self.scale is None else [*places, self.scale.place]
 
     def pack(self, nchw: bool) -> torch.Tensor:
         """Factors of both sides folded into the weight, in float64."""
@@ -84,9 +74,9 @@ class ChannelLinear:
         dtype, weight = weight.dtype, weight.double()
         shift = weight.new_zeros(len(weight)) if bias is None else bias.double()
         if self.norm is not None:
-            own = self.norm.module
-            shift = shift if own.bias is None else shift + weight @ own.bias.double()
-            weight = weight if own.weight is None else weight * own.weight.double()
+            norm = self.norm
+            shift = shift if norm.bias is None else shift + weight @ norm.bias.double()
+            weight = weight if norm.weight is None else weight * norm.weight.double()
         if self.scale is not None:
             factors = self.scale.factors.double()
             weight, shift = weight * factors[:, None], shift * factors
@@ -103,7 +93,6 @@ class ChannelLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = x.movedim(-3, -1)
         if self.norm is not None:
-            own = self.norm.module
-            x = F.layer_norm(x, (self.in_channels,), own.weight, own.bias, self.norm.eps)
+            x = F.layer_norm(x, (self.in_channels,), self.norm.weight, self.norm.bias, self.norm.eps)
         x = apply_activation(self.activation, F.linear(x, self.layer.weight.flatten(1), self.layer.bias))
         return (x if self.scale is None else x * self.scale.factors).movedim(-1, -3)

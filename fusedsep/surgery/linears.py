@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import fx
 
-from .._chain_linear import ChannelLinear, ChannelNorm, LayerScale
+from .._chain_linear import ChannelLinear, LayerScale
 from .activations import MULTIPLY, arguments_of
 from .dropouts import node_passes_on
 from .heads import is_linear
@@ -112,7 +112,7 @@ class _Search:
         if not _permutes(first, _TO_LAST):
             return None
         nodes, parts, layers = [first], [], []
-        norm: ChannelNorm | None = None
+        norm: nn.LayerNorm | None = None
         while True:
             last = nodes[-1] if nodes else parts[-1][-1]
             factors = self._factors_behind(last)
@@ -149,14 +149,14 @@ class _Search:
         reader = next(iter(node.users)) if len(node.users) == 1 else None
         return None if reader is None else factors_of(reader, node, self._channels, self._modules, dim=3)
 
-    def _norm_of(self, node: fx.Node, of_maps: bool = False) -> ChannelNorm | None:
+    def _norm_of(self, node: fx.Node, of_maps: bool = False) -> nn.LayerNorm | None:
         """LayerNorm of the last dimension, or of the channels of maps."""
         module = self._module(node)
         if not isinstance(module, nn.LayerNorm) or tuple(module.normalized_shape) != (self._channels,):
             return None
         if "forward" in vars(module) or _normalizes_maps(module) is not of_maps:
             return None
-        return ChannelNorm(module, module.eps)
+        return module
 
 
 def _permutes(node: fx.Node, wanted: tuple[int, ...]) -> bool:
