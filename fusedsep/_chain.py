@@ -38,12 +38,14 @@ class Link(NamedTuple):
         output: where its map lies: in a map of its own, or of an element in front of it.
         residual: what is added to its map, or combined with it; ``None`` if there is no such.
         activation: name of what is applied to the sum, or to its map where nothing is added.
+        multiplies: it is not added, but multiplied.
     """
 
     input: Part
     output: Part
     residual: Part | None = None
     activation: str = "none"
+    multiplies: bool = False
 
 
 class LayerChain:
@@ -115,7 +117,10 @@ class LayerChain:
             y = element(read(link.input) if index > 0 else x)
             if link.residual is not None:
                 other = read(link.residual)
-                y = element.combine(y, other) if isinstance(element, Combination) else other + y
+                if isinstance(element, Combination) and element.interleaved:
+                    y = element.interleave(y, other)
+                else:
+                    y = other * y if link.multiplies else other + y
             y = apply_activation(link.activation, y)
             maps.setdefault(link.output.map, []).append((link.output, y))
             maps = {number: pieces for number, pieces in maps.items() if last_use[number] > index}
@@ -163,7 +168,7 @@ class LayerChain:
         sizes = {INPUT: (height, width)}  # of each map
         numbers = [INPUT]  # what each element gives, as the operator numbers the maps
         for index, (element, link) in enumerate(zip(self.elements, self.links, strict=True)):
-            read, written, residual, activation = link
+            read, written, residual, activation, multiplies = link
             own, *size = element.layers(*sizes[read.map], nchw and index == 0)
             span = {"input_begin": read.begin, "in_channels": read.channels}
             if read.map != INPUT or index > 0:
@@ -178,7 +183,9 @@ class LayerChain:
             if residual is not None:
                 if sizes[residual.map] != tuple(size):
                     raise ValueError("maps of two sizes are not added in a chain")
-                last = last._replace(residual=numbers[residual.map], residual_begin=residual.begin)
+                last = last._replace(
+                    residual=numbers[residual.map], residual_begin=residual.begin, multiplies=int(multiplies)
+                )
             layers[-1] = last
         return layers
 

@@ -42,8 +42,8 @@ class Combination(_WithoutWeights):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
-    def combine(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        return torch.stack([x, other], -3).flatten(-4, -3) if self.interleaved else other + x
+    def interleave(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x, other], -3).flatten(-4, -3)
 
 
 class MaxPool(_WithoutWeights):

@@ -63,6 +63,7 @@ class ChainLayer(NamedTuple):
     output_begin: int = 0
     residual_begin: int = 0
     joined_activation: int = 0
+    multiplies: int = 0
 
     def sizes(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of what a window of ``kernel`` pixels gives of a map."""
@@ -210,8 +211,11 @@ def _(x, packed, layers):  # type: ignore[no-untyped-def]
         channels = layer.output_begin + layer.out_channels
         if layer.rows == MEANS:
             x = _dense(x, x.shape[0], channels, 1, 1, True)
-        elif layer.rows in (PIXELS, SUM, INTERLEAVED):
-            x = _dense(x, x.shape[0], channels, *x.shape[2:], True)
+        elif layer.rows == UPSAMPLE:
+            x = _dense(x, x.shape[0], channels, 2 * x.shape[2], 2 * x.shape[3], True)
+        elif layer.rows in (PIXELS, NORMALIZED_PIXELS, SUM, INTERLEAVED):
+            height, width = (-(-size // layer.stride) for size in x.shape[2:])
+            x = _dense(x, x.shape[0], channels, height, width, True)
         else:
             x = _map(x, channels, *layer[2:8], True, layer.kernel)
         maps.append(x)

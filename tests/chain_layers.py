@@ -134,7 +134,8 @@ def exact(layers, x):
         else:
             y = source if n.rows == SUM else layer(source)
             if n.residual >= 0:
-                y = y + channels_of(maps, n.residual, n.residual_begin, n.out_channels)
+                other = channels_of(maps, n.residual, n.residual_begin, n.out_channels)
+                y = y * other if n.multiplies else y + other
             y = ACTIVATIONS[n.joined_activation](y)
         written = number if n.output < 0 else n.output
         front = written, n.output_begin, n.out_channels
@@ -143,6 +144,12 @@ def exact(layers, x):
         channels_of(maps, *front).copy_(y)
     y = maps[written]
     return y.flatten(1) if layers[-1].numbers.rows == MEANS else y
+
+
+def assert_close(ours, exact):
+    eps = torch.finfo(ours.dtype).eps
+    assert ours.shape == exact.shape
+    assert (ours.double() - exact).abs().max() <= 64 * eps * max(1.0, exact.abs().max().item())
 
 
 def channels_of(maps, number, begin, channels):
@@ -204,6 +211,23 @@ def joined_network(width=8, activation=1):
         pixels(37, 40, 4, stride=2),
         Layer(DEPTHWISE, 40, 40, activations=(1, 0), residual=14, **joined),
         Layer(DEPTHWISE, 40, 40, activations=(1, 0), **joined),
+        Layer(MEANS, 40, 13, pads=(0, 0, 0, 0), activations=(0, 0)),
+    ]
+
+
+def multiplied_network(width=8, activation=1):
+    """Every kind of layer that may multiply another map, of which some are channels of a larger one."""
+    w, multiplied = width, {"joined_activation": activation, "multiplies": 1}
+    return [
+        Layer(PATCHES, 3, 2 * w + 1, 2, activations=(0, 2)),
+        pixels(2 * w + 1, w, 0, 1, residual_begin=w + 1, **multiplied),
+        Layer(DEPTHWISE, w, w, activations=(1, 4), residual=2, **multiplied),
+        Layer(PATCHES, w, w, activations=(0, 0), residual=3, **multiplied),
+        normalized(w, w, 0, 4, **multiplied),
+        depthwise_map(w, 3, activation=0, residual=1, residual_begin=1, **multiplied),
+        depthwise_map(w, 7, activation=4, residual=6, multiplies=1),
+        combined(SUM, w - 1, 1, residual_begin=2, input=7, in_channels=w - 1, **multiplied),
+        *gate(w - 1, 5, (1, 6), 8, 40),
         Layer(MEANS, 40, 13, pads=(0, 0, 0, 0), activations=(0, 0)),
     ]
 
@@ -270,7 +294,7 @@ def normalized(channels, out_channels, activation=0, residual=-1, **places):
 
 
 def combined(rows, channels, residual=-1, **places):
-    """A sum, or a map interleaved with another one."""
+    """A sum or a product, or a map interleaved with another one."""
     out_channels = 2 * channels if rows == INTERLEAVED else channels
     return Layer(rows, channels, out_channels, 1, 1, (0, 0, 0, 0), (0, 0), residual, **places)
 

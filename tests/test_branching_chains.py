@@ -244,7 +244,6 @@ NOT_JOINS = {
     "stack": (lambda x, a, b, c: torch.stack([a, b, c], 1).flatten(1, 2), 24),
     "one channel that is broadcast": (lambda x, a, b, c: a + b[:, :1] + c, 8),
     "a number is added": (lambda x, a, b, c: a + 1.0 + b + c, 8),
-    "a product": (lambda x, a, b, c: a * b + c, 8),
     "a multiple is added": (lambda x, a, b, c: torch.add(a, b, alpha=2) + c, 8),
     "channels are written": (change_a_part, 8),
     "a view is written": (change_a_view, 8),

@@ -19,8 +19,8 @@ def test_refuses_what_it_cannot_run():
         return changed_text(text, layer, **fields)
 
     for message, wrong in {
-        "multiple of 20 numbers, got 9": (x, packed, text[: 2 * 9]),
-        "multiple of 20 numbers, got 0": (x, packed, ""),
+        "multiple of 21 numbers, got 9": (x, packed, text[: 2 * 9]),
+        "multiple of 21 numbers, got 0": (x, packed, ""),
         "layers must be numbers, got 'x 1'": (x, packed, text + "\nx 1"),
         "packed must hold the weights of layer 4": (x, packed[:-1], text),
         "and nothing else": (x, packed, text.rpartition("\n")[0]),
@@ -73,6 +73,10 @@ def test_layers_without_weights_refuse_what_they_cannot_run():
         (combined(SUM, 3), {"joined_activation": 8}, "joined_activation must be from 0 to 7, got 8"),
         (combined(SUM, 3), {"out_channels": 2}, "as many channels as what it reads"),
         (combined(SUM, 3), {"stride": 2}, "combined or upsampled in a chain have no stride"),
+        (combined(SUM, 3), {"multiplies": 1}, "a layer that multiplies in a chain has a residual"),
+        (combined(SUM, 3, 0), {"multiplies": 2}, "multiplies must be from 0 to 1, got 2"),
+        (combined(INTERLEAVED, 3, 0), {"multiplies": 1}, "has a residual, and is a sum or has weights"),
+        (upsample(3), {"multiplies": 1, "residual": 0}, "has a residual, and is a sum or has weights"),
         (expand(3, 3), {"pad_left": 1}, "a 1x1 convolution in a chain has no padding"),
         (upsample(3), {"stride": 2}, "combined or upsampled in a chain have no stride"),
         (upsample(3), {"residual": 0}, "a map of the same shape"),

@@ -8,8 +8,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from chain_layers import EPS, arguments, exact, normalized, normalized_network, pixels, run
-from test_chain_op import assert_close
+from chain_layers import EPS, arguments, assert_close, exact, normalized, normalized_network, pixels, run
 from test_chain_op_errors import changed_text
 
 from fusedsep import _ops

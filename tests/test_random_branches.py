@@ -87,6 +87,11 @@ class Random(nn.Module):
         read = [number, self.draw.choice(self.others(lambda shape: shape == (channels, halved)))]
         self.add(add, read, (channels, halved))
 
+    def multiply(self, number, channels, halved):
+        function = self.draw.choice([lambda a, b: a * torch.sigmoid(b), lambda a, b: a.mul_(b.sigmoid()), torch.mul])
+        read = [number, self.draw.choice(self.others(lambda shape: shape == (channels, halved)))]
+        self.add(function, read, (channels, halved))
+
     def cut(self, number, channels, halved):
         if channels % 2 == 0 and self.draw.random() < 0.5:
             which = self.draw.randrange(2)
@@ -128,7 +133,18 @@ class Random(nn.Module):
         if self.draw.random() < 0.4:
             self.add(function, [number], (channels, halved))
 
-    KINDS = (*6 * (layer,), *2 * (join, sum, activate), cut, shuffle, halve, enlarge, excite, reparametrize, other)
+    KINDS = (
+        *6 * (layer,),
+        *2 * (join, sum, activate),
+        multiply,
+        cut,
+        shuffle,
+        halve,
+        enlarge,
+        excite,
+        reparametrize,
+        other,
+    )
 
     def forward(self, x):
         maps = []

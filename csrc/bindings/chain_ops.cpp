@@ -18,12 +18,13 @@ namespace fusedsep {
 namespace {
 
 // One layer among the numbers that describe a chain, in their order.
-constexpr size_t kNumbersPerLayer = 20;
+constexpr size_t kNumbersPerLayer = 21;
 struct LayerNumbers {
   Rows rows;
   int64_t out_channels;
   Geometry geometry;
-  int64_t residual, gated, input, input_begin, in_channels, output, output_begin, residual_begin, joined_activation;
+  int64_t residual, gated, input, input_begin, in_channels, output, output_begin, residual_begin, joined_activation,
+      multiplies;
 
   explicit LayerNumbers(const int64_t* n)
       : rows(Rows(n[0])),
@@ -37,7 +38,8 @@ struct LayerNumbers {
         output(n[16]),
         output_begin(n[17]),
         residual_begin(n[18]),
-        joined_activation(n[19]) {
+        joined_activation(n[19]),
+        multiplies(n[20]) {
     constexpr int64_t kMost = int64_t(1) << 40;
     check_range("a layer's rows", n[0], 0, int64_t(Rows::kNormalizedPixels));
     check_range("a layer's out_channels", out_channels, 1, kMost);
@@ -47,6 +49,9 @@ struct LayerNumbers {
     check_range("a layer's residual_begin", residual_begin, 0, kMost);
     check_geometry(geometry, kLastLayerActivation);
     check_range("a layer's joined_activation", joined_activation, 0, kLastLayerActivation);
+    check_range("a layer's multiplies", multiplies, 0, 1);
+    STD_TORCH_CHECK(multiplies == 0 || (residual >= 0 && (rows == Rows::kSum || has_weights())),
+                    "a layer that multiplies in a chain has a residual, and is a sum or has weights");
     STD_TORCH_CHECK(joined_activation == 0 || rows == Rows::kSum || has_weights(),
                     "no interleaved, pooled or upsampled map in a chain has a joined_activation");
     STD_TORCH_CHECK(rows == Rows::kDepthwiseMap || geometry.activation <= kLastActivation,
@@ -278,6 +283,7 @@ class ChainReader {
     params.activation = Activation(n.geometry.activation);
     params.pointwise_activation = Activation(n.geometry.pointwise_activation);
     params.joined_activation = Activation(n.joined_activation);
+    params.multiplies = n.multiplies != 0;
     params.out_channels = n.out_channels;
     read_input(i, layer);
     read_sizes(n, params);
@@ -352,18 +358,19 @@ Tensor chain(const Tensor& x, const Tensor& packed, const std::string& text) {
 }  // namespace fusedsep
 
 // `layers` is text, since a list of so many numbers would cost more to hand over at each call than to read here: lines
-// of 20 numbers with spaces between them: rows (csrc/kernels/separable.h), out_channels, stride, dilation, pad_left,
+// of 21 numbers with spaces between them: rows (csrc/kernels/separable.h), out_channels, stride, dilation, pad_left,
 // pad_right, pad_top, pad_bottom, activation, pointwise_activation, residual, kernel, gated, input, input_begin,
-// in_channels, output, output_begin, residual_begin, joined_activation.
+// in_channels, output, output_begin, residual_begin, joined_activation, multiplies.
 //
 // Maps have numbers: 0 is x, i that of layer i - 1. A layer reads `in_channels` channels (0: all that follow) of map
 // `input` from `input_begin` on; -1 for what the layer in front of it writes. It writes a map of its own if `output` is
 // -1, and to channels of map `output` from `output_begin` on otherwise: maps side by side need no copy. `residual` is
-// the map whose channels from `residual_begin` on are added to what the layer gives, or that are interleaved; -1 for
-// none; `joined_activation` follows on the sum, or on what there is without one. `gated` stands in the place of `input`
-// where a 1x1 convolution, or a sum of one map, reads that map times what the layer in front of it gives for each
-// channel; -1 for no such. The last layer writes the output. `packed` is what `pack`, or `pack_depthwise`, returned for
-// each layer that has weights, in channels_last, one after the other.
+// the map whose channels from `residual_begin` on are added to what the layer gives, or that are interleaved with it,
+// or that it is multiplied by if `multiplies` is 1; -1 for none; `joined_activation` follows on the sum, or on what
+// there is without one. `gated` stands in the place of `input` where a 1x1 convolution, or a sum of one map, reads that
+// map times what the layer in front of it gives for each channel; -1 for no such. The last layer writes the output.
+// `packed` is what `pack`, or `pack_depthwise`, returned for each layer that has weights, in channels_last, one after
+// the other.
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedsep, m) { m.def("chain(Tensor x, Tensor packed, str layers) -> Tensor"); }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedsep, CPU, m) { m.impl("chain", TORCH_BOX(&fusedsep::chain)); }

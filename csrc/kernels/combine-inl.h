@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Two maps as one, in channels_last, where no convolution could store its result in the right place at once: their sum,
-// a copy, or their channels in turns, which is what a channel shuffle makes of two maps; and a map with factors of its
-// channels or an activation.
+// Two maps as one, in channels_last, where no convolution could store its result in the right place at once: their sum
+// or product, a copy, or their channels in turns, which is what a channel shuffle makes of two maps; and a map with
+// factors of its channels or an activation.
 #pragma once
 
 #include "join-inl.h"
@@ -48,10 +48,12 @@ void combine(const SeparableParams<typename V::T>& p, int64_t begin, int64_t end
   const int64_t plane = p.out_height * p.out_width;
   while (begin < end) {  // the pixels of an image have the same factors
     const int64_t image_end = p.gate == nullptr ? end : min_of(end, (begin / plane + 1) * plane);
-    join<V>({p.x + begin * x_pitch_of(p), x_pitch_of(p),
-             p.gate == nullptr ? nullptr : p.gate + begin / plane * p.in_channels,
-             p.residual == nullptr ? nullptr : p.residual + begin * residual_pitch_of(p), residual_pitch_of(p),
-             p.y + begin * y_pitch_of(p), y_pitch_of(p), image_end - begin, p.in_channels, p.joined_activation});
+    auto joined = join_of(p, p.x + begin * x_pitch_of(p), x_pitch_of(p), begin, image_end - begin, 0, p.in_channels);
+    if (p.gate != nullptr) {
+      joined.gate = p.gate + begin / plane * p.in_channels;
+      joined.gate_pitch = 0;
+    }
+    join<V>(joined);
     begin = image_end;
   }
 }

@@ -175,7 +175,7 @@ void depthwise_map(const SeparableParams<typename V::T>& p, int64_t row_begin, i
   const KeptRows<V> rows(p);
   const auto& kernels = kKernels.table[p.dilation > 1 ? 3 : min_of(p.kernel / 2 - 1, 3)][p.stride - 1];
   const bool stored_first = is_stored_first(p.activation);
-  const bool joined_later = stored_first || p.joined_activation != Activation::kNone;
+  const bool joined_later = stored_first || p.joined_activation != Activation::kNone || p.multiplies;
   for (int64_t i = 0; i < rows.size; ++i) scratch[i] = 0;
 
   for (int64_t line = channel_begin; line < channel_end; line += kLine) {
@@ -217,7 +217,7 @@ void depthwise_map(const SeparableParams<typename V::T>& p, int64_t row_begin, i
         const int64_t lanes = min_of(L, channels - c);
         if (stored_first) activate_map<V>(p.activation, y, p.out_width, lanes, y_pitch);
         if (joined_later && (residual != nullptr || p.joined_activation != Activation::kNone)) {
-          join<V>({y, y_pitch, nullptr, residual, residual_pitch, y, y_pitch, p.out_width, lanes, p.joined_activation});
+          join<V>(join_of<T>(p, y, y_pitch, pixel, p.out_width, c, lanes));
         }
       }
     }

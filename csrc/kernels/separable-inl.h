@@ -68,10 +68,7 @@ void finish_tile(const SeparableParams<typename V::T>& params, int64_t first, in
     activate_map<V>(params.pointwise_activation, c, pixels, end - begin, pitch);
   }
   if (params.residual != nullptr || params.joined_activation != Activation::kNone) {
-    const int64_t residual_pitch = residual_pitch_of(params);
-    const typename V::T* const residual =
-        params.residual == nullptr ? nullptr : params.residual + first * residual_pitch + begin;
-    join<V>({c, pitch, nullptr, residual, residual_pitch, c, pitch, pixels, end - begin, params.joined_activation});
+    join<V>(join_of<typename V::T>(params, c, pitch, first, pixels, begin, end - begin));
   }
 }
 

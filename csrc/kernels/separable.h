@@ -56,7 +56,8 @@ enum class Rows : int32_t {
   // No product follows: the depthwise convolution alone, where `kernel` may be odd and up to 11; y is h. It has kernels
   // of its own, `depthwise_map`.
   kDepthwiseMap = 5,
-  // No convolution at all, and no weights, for `combine`: y = act(x + residual), act(x * gate) or act(x),
+  // No convolution at all, and no weights, for `combine`: y = act(x + residual), act(x * residual), act(x * gate) or
+  // act(x),
   kSum = 6,
   // and the channels of both in turns: y[2c] = x[c], y[2c + 1] = residual[c].
   kInterleaved = 7,
@@ -98,9 +99,10 @@ struct SeparableParams {
   // In kPixels and kSum, factors [batch][in_channels] of x: what squeeze-and-excitation makes of the map that x is. Or
   // null, as in a kSum that has a residual.
   const T* gate = nullptr;
-  // A map of the shape of y that is added to it at the end; in channels_last, not for patches, and it does not overlap
-  // y.
+  // A map of the shape of y that is added to it at the end, or that it `multiplies`; in channels_last, and it does not
+  // overlap y.
   const T* residual = nullptr;
+  bool multiplies = false;  // not in kUpsample
   // Of what is stored in the end, behind the residual; not in NCHW, and not in kInterleaved, kMaxPool
   // and kUpsample.
   Activation joined_activation = Activation::kNone;

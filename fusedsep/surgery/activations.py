@@ -42,7 +42,8 @@ _CLAMPS = {
 }
 _CLAMP_DEFAULTS = {"min_val": -1.0, "max_val": 1.0, "min": None, "max": None}
 _ADD = {operator.add, torch.add, "add"}  # in place, it would change the map that is multiplied later
-MULTIPLY = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply"}
+MULTIPLY_IN_PLACE = {operator.imul, "mul_"}
+MULTIPLY = {operator.mul, torch.mul, torch.multiply, "mul", "multiply"} | MULTIPLY_IN_PLACE
 _DIVIDE = {operator.truediv, operator.itruediv, torch.div, torch.divide, "div", "div_", "divide"}
 
 
@@ -133,7 +134,7 @@ def composed_activation(x: fx.Node, modules: dict[str, nn.Module]) -> tuple[list
 
 def multiplies(node: fx.Node, a: fx.Node, b: fx.Node) -> bool:
     """Whether ``node`` is the product of the two, and leaves both as they are."""
-    return _combines(node, MULTIPLY - {operator.imul, "mul_"}, a, b)
+    return _combines(node, MULTIPLY - MULTIPLY_IN_PLACE, a, b)
 
 
 def composed_hardswish(x: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node] | None:

@@ -15,7 +15,7 @@ from .._chain import INPUT, Part
 from .._chain_elements import Element
 from .._combinations import Combination
 from .._frozen import FrozenSeparable
-from .activations import activation_of, composed_activation, gate_of, is_in_place
+from .activations import MULTIPLY, MULTIPLY_IN_PLACE, activation_of, composed_activation, gate_of, is_in_place
 from .branches import ADD, ADD_IN_PLACE
 from .dropouts import node_passes_on
 from .maps import Maps, Value, channels_of, cut
@@ -39,9 +39,10 @@ class Step(NamedTuple):
         residual: what is added to its map, or combined with it.
         site: what stands for it in a dictionary of frozen sites, if it is one.
         is_depthwise: whether it is a depthwise convolution by itself.
-        adds: whether an addition may become a part of it.
+        joins: whether a sum with another map may become a part of it; a product too, if it ``activates``.
         activation: name of what is applied to the sum, or to its map where nothing is added.
         activates: whether it may have such.
+        multiplies: whether ``residual`` is not added, but multiplied.
     """
 
     make: Maker
@@ -51,9 +52,10 @@ class Step(NamedTuple):
     residual: Part | None = None
     site: nn.Module | None = None
     is_depthwise: bool = False
-    adds: bool = True
+    joins: bool = True
     activation: str = "none"
     activates: bool = True
+    multiplies: bool = False
 
 
 class Flow:
@@ -122,9 +124,9 @@ class Flow:
         return own
 
     def _combine(self, a: Part, b: Part | None, nodes: list[fx.Node], interleaved: bool = False, **kinds: Any) -> Part:
-        """A step that adds or interleaves two maps, or copies one."""
+        """A step that makes one map of two, or copies one."""
         element = Combination(a.channels, interleaved)
-        kinds = {"adds": False, "activates": not interleaved, **kinds}
+        kinds = {"joins": False, "activates": not interleaved, **kinds}
         return self._add_step(lambda frozen: element, nodes, a, element.out_channels, b, **kinds)
 
     def _gathered(self, value: Value) -> Part | None:
@@ -188,10 +190,10 @@ class Flow:
             return value
         return (self._maps.place(value),)
 
-    def _take_addition(self, node: fx.Node) -> bool:
-        """``a + b`` of two maps: a part of the step that gives the later one, if nobody else reads that."""
-        in_place = node.target in ADD_IN_PLACE
-        if not (in_place or node.target in ADD) or node.kwargs or len(node.args) != 2:
+    def _take_combination(self, node: fx.Node) -> bool:
+        """``a + b`` or ``a * b`` of two maps: of the step that gives the later one, if nobody else reads that."""
+        in_place, multiplies = node.target in ADD_IN_PLACE | MULTIPLY_IN_PLACE, node.target in MULTIPLY
+        if not (multiplies or node.target in ADD | ADD_IN_PLACE) or node.kwargs or len(node.args) != 2:
             return False
         if not all(isinstance(argument, fx.Node) and argument in self._values for argument in node.args):
             return False
@@ -201,20 +203,22 @@ class Flow:
         if None in maps or maps[0].channels != maps[1].channels:
             return False
         for own, other in sorted((maps, maps[::-1]), key=lambda pair: -pair[0].map):
-            if self._fold(own, other, node):
+            if self._fold(own, other, node, multiplies):
                 return True
-        self._combine(maps[0], maps[1], [node])
+        self._combine(maps[0], maps[1], [node], multiplies=multiplies)
         return True
 
-    def _fold(self, own: Part, other: Part, node: fx.Node) -> bool:
-        """Make the addition ``node`` a part of the step that writes ``own``."""
+    def _fold(self, own: Part, other: Part, node: fx.Node, multiplies: bool) -> bool:
+        """Make the sum or product ``node`` a part of the step that writes ``own``."""
         number = own.map
         if number < 1 or not self._maps.is_whole(own) or not self._is_there_before(other, number):
             return False
         step = self.steps[number - 1]
-        if not step.adds or step.residual is not None or step.activation != "none" or not self._is_read_by(own, [node]):
+        if not (step.joins and (step.activates or not multiplies)) or not self._is_read_by(own, [node]):
             return False
-        self.steps[number - 1] = step._replace(residual=other)
+        if step.residual is not None or step.activation != "none":
+            return False
+        self.steps[number - 1] = step._replace(residual=other, multiplies=multiplies)
         self._work += 1
         self._nodes.append(node)
         self._views.append(node)

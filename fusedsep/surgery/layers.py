@@ -207,7 +207,7 @@ class Layers(Flow):
         if read is None:
             return False
         pool = MaxPool(read.channels, *window, [module])
-        self._add_step(lambda frozen: pool, [node], read, read.channels, adds=False, activates=False)
+        self._add_step(lambda frozen: pool, [node], read, read.channels, joins=False, activates=False)
         return True
 
     def _take_upsampling(self, node: fx.Node, source: fx.Node) -> bool:
@@ -238,7 +238,7 @@ class Layers(Flow):
         conv = None if reader is None else self._module(reader)
         if not is_plain_pointwise(conv) or conv.in_channels != read.channels:
             element = Gate(gate.products, self._modules_of(nodes))
-            self._add_step(lambda frozen: element, nodes, read, read.channels, adds=False)
+            self._add_step(lambda frozen: element, nodes, read, read.channels, joins=False)
             return True
         project, nodes = self._read_convolution([reader], conv, NO_PADS, NO_PADS)
         element = GatedConvolution(gate.products, project, self._modules_of(inner))

@@ -86,7 +86,7 @@ class Run(Layers):
             return found._replace(map=owners[found.map])
 
         return [
-            Link(numbered(step.input), numbered(part), numbered(step.residual), step.activation)
+            Link(numbered(step.input), numbered(part), numbered(step.residual), step.activation, step.multiplies)
             for step, part in zip(self.steps, written, strict=True)
         ]
 
@@ -136,7 +136,7 @@ class Run(Layers):
 
     def _take(self, node: fx.Node) -> bool:
         """Take ``node``, which reads maps, and what belongs to it."""
-        if self._take_view(node) or self._take_addition(node) or self._take_factors(node):
+        if self._take_view(node) or self._take_combination(node) or self._take_factors(node):
             return True
         source = input_of(node)
         if source not in self._values:
