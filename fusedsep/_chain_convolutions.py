@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 
 from . import _kernel_path, _ops
 from ._activations import ACTIVATION_CODES, LAYER_ACTIVATION_CODES, apply_activation
-from ._chain_layers import Place, pack_product, pixels_layer, places_of, places_of_norm
+from ._chain_layers import LayerScale, Place, pack_product, pixels_layer, places_of, places_of_norm
 from ._checks import checked_pads
 from ._fold import channels_of_norm, scale_and_shift, scale_and_shift_tensors
 from ._ops import ChainLayer
@@ -41,7 +42,6 @@ class Convolution:
         pads: zeros that are put around the map of the second kind besides its own.
         own_pads: those that ``conv`` puts around its map.
         carried: ``bn`` applies the activation itself.
-        group: the number of the group that it is, of those of a grouped convolution; ``None``: it is all of ``conv``.
     """
 
     def __init__(
@@ -53,17 +53,20 @@ class Convolution:
         pads: Pads | Literal["same"],
         own_pads: Pads | Literal["same"],
         carried: bool,
-        group: int | None = None,
     ) -> None:
         self.conv, self.bn, self.activation, self.modules = conv, bn, activation, modules
         self.pads, self.own_pads, self.carried = pads, own_pads, carried
         self.is_pointwise = tuple(conv.kernel_size) == (1, 1)
-        self.is_depthwise = not self.is_pointwise and conv.groups > 1 and group is None
-        self.out_channels = conv.out_channels if group is None else conv.out_channels // conv.groups
-        self.in_channels = conv.in_channels if group is None else conv.in_channels // conv.groups
-        first = 0 if group is None else group * self.out_channels
-        self._filters = slice(first, first + self.out_channels)  # of conv
-        self._normalized = self._filters  # of bn
+        self.is_depthwise = not self.is_pointwise and conv.groups == conv.in_channels > 1
+        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
+        self._filters = self._normalized = slice(None)  # of conv, of bn
+
+    def with_filters(self, in_channels: int, filters: range) -> Convolution:
+        """The same with some filters of ``conv``: those of a group, or one for each channel of a depthwise one."""
+        other = copy.copy(self)
+        other.in_channels, other.out_channels = in_channels, len(filters)
+        other._filters = other._normalized = slice(filters.start, filters.stop, filters.step)
+        return other
 
     def with_norm(self, bn: nn.Module, begin: int, activation: str, carried: bool) -> Convolution:
         """The same with channels of ``bn`` from ``begin`` on, and an activation, behind it."""
@@ -133,7 +136,7 @@ class Convolution:
 
     def _folded(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Weight, and scale and shift of each output channel in float64."""
-        bias = None if self.conv.bias is None else self.conv.bias[self._filters]
+        bias = None if self.conv.bias is None else self.conv.bias[self._filters].contiguous()
         return self.conv.weight[self._filters], *scale_and_shift_tensors(bias, self._norm())
 
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
@@ -142,18 +145,24 @@ class Convolution:
         if self.out_channels == conv.out_channels:
             return conv(x)
         bias = None if conv.bias is None else conv.bias[self._filters]
-        return F.conv2d(x, conv.weight[self._filters], bias, conv.stride, conv.padding, conv.dilation)
+        groups = conv.groups if self.is_depthwise else 1
+        return F.conv2d(x, conv.weight[self._filters], bias, conv.stride, conv.padding, conv.dilation, groups)
 
 
 class Branch(NamedTuple):
-    """``bn(conv(x))``; without either of them ``None`` stands in its place."""
+    """``sign * scales * bn(conv(x))``; without a convolution or a BN ``None`` stands in its place."""
 
     conv: nn.Conv2d | None
     bn: nn.Module | None
+    scales: tuple[LayerScale, ...] = ()
+    sign: Literal[1, -1] = 1
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = x if self.conv is None else self.conv(x)
-        return x if self.bn is None else self.bn(x)
+        x = x if self.bn is None else self.bn(x)
+        for scale in self.scales:
+            x = x * scale.factors.view(-1, 1, 1)
+        return x if self.sign > 0 else -x
 
 
 class SumOfBranches(Convolution):
@@ -177,23 +186,26 @@ class SumOfBranches(Convolution):
     def places(self) -> list[Place]:
         convs = [place for conv in self.convolutions for place in places_of(conv)]
         norms = [place for branch in self.branches for place in places_of_norm(branch.bn)]
-        return [*convs, *norms, *places_of_norm(self.bn)]
+        scales = [scale.place for branch in self.branches for scale in branch.scales]
+        return [*convs, *norms, *scales, *places_of_norm(self.bn)]
 
     def _folded(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         whole = self.conv.weight
         weight, bias = torch.zeros_like(whole, dtype=torch.double), whole.new_zeros(len(whole), dtype=torch.double)
-        for conv, bn in self.branches:
+        for conv, bn, scales, sign in self.branches:
             own = _identity_like(whole) if conv is None else conv.weight.double()
             scale, shift = scale_and_shift_tensors(None if conv is None else conv.bias, bn)
+            factors = math.prod((each.factors.double() for each in scales), start=torch.full_like(bias, sign))
             around = (whole.shape[-1] - own.shape[-1]) // 2
             inner = weight[..., around : around + own.shape[-1], around : around + own.shape[-1]]
-            inner += own if scale is None else own * scale.view(-1, 1, 1, 1)
-            bias += 0 if shift is None else shift
-        scale, shift = scale_and_shift_tensors(bias, self._norm())
+            inner += own * (factors if scale is None else factors * scale).view(-1, 1, 1, 1)
+            bias += 0 if shift is None else factors * shift
+        weight = weight[self._filters]
+        scale, shift = scale_and_shift_tensors(bias[self._filters].contiguous(), self._norm())
         return (weight if scale is None else weight * scale.view(-1, 1, 1, 1)).to(whole.dtype), None, shift
 
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
-        return sum(branch(x) for branch in self.branches)
+        return sum(branch(x) for branch in self.branches)[..., self._filters, :, :]
 
 
 class Site:

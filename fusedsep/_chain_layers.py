@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -15,6 +15,24 @@ from ._padding import NO_PADS
 
 #: The attributes of a module, the one that holds its parameters or buffers, and a name there.
 Place = tuple[dict[str, Any], str, str]
+
+
+class LayerScale(NamedTuple):
+    """A parameter of ``owner``, with a factor for each channel.
+
+    Source: H. Touvron et al., "Going deeper with Image Transformers", 2021, section 2.
+    """
+
+    owner: nn.Module
+    name: str
+
+    @property
+    def place(self) -> Place:
+        return vars(self.owner), "_parameters", self.name
+
+    @property
+    def factors(self) -> torch.Tensor:
+        return self.owner._parameters[self.name].flatten()
 
 
 def tensors_at(places: list[Place]) -> tuple[torch.Tensor | None, ...]:

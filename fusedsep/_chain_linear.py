@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -12,26 +11,8 @@ import torch.nn.functional as F
 
 from . import _ops
 from ._activations import LAYER_ACTIVATION_CODES, apply_activation
-from ._chain_layers import Place, pack_product, pixels_layer, places_of
+from ._chain_layers import LayerScale, Place, pack_product, pixels_layer, places_of
 from ._ops import ChainLayer
-
-
-class LayerScale(NamedTuple):
-    """A parameter of ``owner``, with a factor for each channel.
-
-    Source: H. Touvron et al., "Going deeper with Image Transformers", 2021, section 2.
-    """
-
-    owner: nn.Module
-    name: str
-
-    @property
-    def place(self) -> Place:
-        return vars(self.owner), "_parameters", self.name
-
-    @property
-    def factors(self) -> torch.Tensor:
-        return self.owner._parameters[self.name].flatten()
 
 
 class ChannelLinear:

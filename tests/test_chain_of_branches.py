@@ -68,6 +68,7 @@ class Branching(nn.Module):
         self.large = nn.Conv2d(8, 8, 5, padding=2, groups=8)
         self.conv = nn.Conv2d(8, 8, kernel, **{"padding": kernel // 2, "groups": 8, **settings})
         self.bn, self.other = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        self.gamma, self.flat = nn.Parameter(torch.randn(8, 1, 1)), nn.Parameter(torch.randn(8))
         self.last = pointwise(8, 4)
         self.combine = combine
 
@@ -83,6 +84,16 @@ SUMS = {
     "built-in sum": lambda m, x: sum([m.large(x), m.conv(x), m.bn(x)]),
     "in place": lambda m, x: m.large(x).add_(m.conv(x)),
     "torch.add": lambda m, x: torch.add(m.bn(m.large(x)), m.other(x)),
+    "difference": lambda m, x: m.large(x) - m.bn(m.conv(x)),
+    "difference from the map": lambda m, x: torch.sub(x, m.bn(m.conv(x)) - m.large(x)),
+    "difference in place": lambda m, x: m.large(x).sub_(m.conv(x)),
+    "RepMixer": lambda m, x: x + (m.bn(m.large(x)) + m.conv(x) - m.other(x)) * m.gamma,
+    "factors of one": lambda m, x: m.gamma * m.large(x) - m.conv(x),
+    "factors in place": lambda m, x: (m.large(x) + m.conv(x)).mul_(m.gamma) + x,
+    "factors of factors": lambda m, x: m.flat.view(1, -1, 1, 1) * (x - m.gamma * m.large(x)),
+    "factors of the map": lambda m, x: m.large(x) + x * m.flat.reshape(8, 1, 1),
+    "BN of what has factors": lambda m, x: m.bn(m.gamma * m.large(x)),
+    "one that is taken away": lambda m, x: x - m.large(x),
     "a branch twice": lambda m, x: (y := m.bn(m.conv(x))) + m.large(x) + y,
 }
 
@@ -96,6 +107,14 @@ def test_sums_are_one_convolution(name, chain_calls):
 OTHERS = {
     "one branch": Branching(lambda m, x: m.large(x) + x),
     "a branch is read again": Branching(lambda m, x: (y := m.conv(x)) + m.large(x) + torch.tanh(y)),
+    "factors in front": Branching(lambda m, x: m.conv(m.gamma * x) + m.large(x)),
+    "factors that are computed": Branching(lambda m, x: m.conv(x) * m.gamma.exp() + m.large(x)),
+    "a BN behind factors of one": Branching(lambda m, x: m.bn(m.gamma * m.conv(x)) - m.large(x)),
+    "a number less": Branching(lambda m, x: m.conv(x) - 1 + m.large(x)),
+    "less a multiple": Branching(lambda m, x: torch.sub(m.conv(x), m.large(x), alpha=2)),
+    "less in place, read again": Branching(lambda m, x: (y := m.conv(x)).sub_(m.large(x)) + y),
+    "scaled in place, read again": Branching(lambda m, x: (y := m.conv(x)).mul_(m.gamma) + m.large(x) + y),
+    "a quotient": Branching(lambda m, x: (m.conv(x) + m.large(x)) / m.gamma),
     "a map in between": Branching(lambda m, x: m.conv(x) + m.large(torch.tanh(x)) + m.bn(x)),
     "scaled": Branching(lambda m, x: torch.add(m.conv(x), m.large(x), alpha=2)),
     "the map is written to": Branching(lambda m, x: m.conv(x) + m.large(x.relu_())),
@@ -149,6 +168,19 @@ def test_changes_are_noticed(chain_calls):
             handle.remove()
             assert torch.equal(net(x), after)
             chain_calls.clear()
+
+
+def test_changes_of_factors_are_noticed(chain_calls):
+    model = randomized(Branching(SUMS["RepMixer"])).eval()
+    x = torch.randn(2, 3, 9, 10)
+    for make in (fusedsep.fuse, fusedsep.freeze):
+        net = make(model)
+        with torch.no_grad():
+            before = net(x)
+            net.gamma.mul_(2)
+            assert not torch.equal(net(x), before)
+            net.gamma = nn.Parameter(net.gamma / 2)
+            assert torch.equal(net(x), before)
 
 
 def test_bns_of_branches_are_folded():

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Grouped convolutions, convolutions of some channels each with one BN behind all, and large kernels run in chains."""
+"""Grouped convolutions, convolutions of some channels each with one BN behind all, and large kernels run in chains.
+
+So do depthwise convolutions with two filters for each channel.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from test_branching_chains import assert_outputs
 from test_residual_chains import assert_chains, assert_one_image_and_threads_give_the_same_bits, layers_of, plain
 
 import fusedsep
-from fusedsep._ops import DEPTHWISE, DEPTHWISE_MAP, MEANS, PATCHES_OF_NCHW, PIXELS
+from fusedsep._ops import DEPTHWISE, DEPTHWISE_MAP, INTERLEAVED, MEANS, PATCHES_OF_NCHW, PIXELS
 
 
 class Mixed(nn.Module):
@@ -160,3 +163,57 @@ def test_changes_are_noticed(chain_calls):
             tensor.add_(1)
             assert not torch.equal(fused(x), before)
     assert chain_calls
+
+
+def doubling(channels, kernel, **settings):
+    return nn.Conv2d(channels, 2 * channels, kernel, **{"padding": kernel // 2, "groups": channels, **settings})
+
+
+DOUBLING = {
+    "3x3": doubling(10, 3, bias=False),
+    "7x7 of stride 2": doubling(10, 7, stride=2),
+    "11x11": doubling(10, 11),
+    "same, dilated": doubling(10, 3, padding="same", dilation=2),
+}
+
+
+@pytest.mark.parametrize("name", DOUBLING)
+def test_two_filters_for_each_channel_are_interleaved(name, chain_calls):
+    for first in (nn.Sequential(ConvBNAct(3, 10, 3, 2)), nn.Sequential()):
+        model = nn.Sequential(*first, DOUBLING[name], nn.BatchNorm2d(20), nn.GELU(), pointwise(20, 7))
+        channels, rows = (3, [PATCHES_OF_NCHW]) if len(first) else (10, [])
+        number = len(rows) + 2
+        expected = [*plain(*rows, DEPTHWISE_MAP, DEPTHWISE_MAP), (INTERLEAVED, number), (PIXELS, -1)]
+        assert_chains(model, torch.randn(2, channels, 23, 26), chain_calls, [expected])
+
+
+class LargeKernel(nn.Module):
+    """A patch embedding of FastViT (P. Vasu et al., 2023, section 3.2.2)."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = ConvBNAct(3, 9, 3, 2)
+        self.large = nn.Sequential(doubling(9, 7, stride=2, bias=False), nn.BatchNorm2d(18))
+        self.small = nn.Sequential(doubling(9, 3, stride=2), nn.BatchNorm2d(18))
+        self.act, self.last = nn.GELU(), ConvBNAct(18, 18, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.last(self.act(self.large(x) + self.small(x)))
+
+
+def test_branches_with_two_filters_for_each_channel(chain_calls):
+    expected = [*plain(PATCHES_OF_NCHW, DEPTHWISE_MAP, DEPTHWISE_MAP), (INTERLEAVED, 3), (PIXELS, -1)]
+    model = LargeKernel()
+    assert_chains(model, torch.randn(2, 3, 33, 36), chain_calls, [expected])
+    assert_one_image_and_threads_give_the_same_bits(model, torch.randn(5, 3, 33, 36))
+    report = fusedsep.fusion_report(fusedsep.freeze(model.eval()))
+    assert [site.name for site in report.chained] == ["large.0", "small.0"]
+
+
+def test_two_filters_for_each_channel_in_float64():
+    model = randomized(LargeKernel()).double().eval()
+    x = torch.randn(2, 3, 21, 22, dtype=torch.double)
+    with torch.no_grad():
+        for net in (fusedsep.fuse(model), fusedsep.freeze(model)):
+            torch.testing.assert_close(net(x), model(x))

@@ -116,6 +116,7 @@ class Random(nn.Module):
             lambda x, a, b, bn: bn(add_in_place(a(x), b(x))),
             lambda x, a, b, bn: torch.relu(bn(x) + a(x)),
             lambda x, a, b, bn: sum([a(x), bn(x), b(x)]),
+            lambda x, a, b, bn: x - (a(x) - bn(x)),
         ]
         self.add(draw.choice(functions), [number], (channels, halved), *convs, nn.BatchNorm2d(channels))
 

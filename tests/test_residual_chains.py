@@ -153,7 +153,7 @@ def test_a_chain_without_a_site(name, chain_calls):
 
 
 NO_KERNEL = {
-    "channel multiplier": lambda: nn.Conv2d(12, 24, 5, padding=2, groups=12),
+    "channel multiplier": lambda: nn.Conv2d(12, 36, 5, padding=2, groups=12),
     "groups": lambda: nn.Conv2d(12, 12, 5, padding=2, groups=6),
     "13x13": lambda: depthwise(12, kernel=13, padding=6),
     "even": lambda: depthwise(12, kernel=4, padding=2),

@@ -87,8 +87,8 @@ def _pairs(elements: list[Element]) -> Iterator[tuple[nn.Module, nn.Module, str]
     for element in elements:
         for part in _convolutions(element):
             if isinstance(part, SumOfBranches):
-                pairs = [branch for branch in part.branches if branch.conv is not None and branch.bn is not None]
-                yield from ((conv, bn, "none") for conv, bn in pairs)
+                pairs = [(branch.conv, branch.bn) for branch in part.branches]
+                yield from ((conv, bn, "none") for conv, bn in pairs if conv is not None and bn is not None)
             elif (
                 part.bn is not None
                 and part.bn.num_features == part.conv.out_channels

@@ -64,9 +64,19 @@ def is_depthwise_map(conv: nn.Module | None) -> bool:
 
 def is_depthwise_layer(conv: nn.Module | None) -> bool:
     """Whether ``conv`` is a depthwise convolution that is a layer of a chain, whatever its forward does besides."""
+    return _is_depthwise(conv, 1)
+
+
+def is_doubling_layer(conv: nn.Module | None) -> bool:
+    """Whether ``conv`` is the same with two filters for each channel, which are two layers of a chain."""
+    return _is_depthwise(conv, 2)
+
+
+def _is_depthwise(conv: nn.Module | None, multiplier: int) -> bool:
     return (
         isinstance(conv, nn.Conv2d)
-        and conv.groups == conv.in_channels == conv.out_channels > 1
+        and conv.groups == conv.in_channels > 1
+        and conv.out_channels == multiplier * conv.in_channels
         and conv.kernel_size[0] == conv.kernel_size[1] in (3, 5, 7, 9, 11)
         and conv.stride[0] == conv.stride[1] <= 2
         and conv.dilation[0] == conv.dilation[1]

@@ -28,6 +28,7 @@ from .gates import gate_behind
 from .heads import head_behind
 from .layer_kinds import (
     is_depthwise_layer,
+    is_doubling_layer,
     is_grouped_layer,
     is_plain_pointwise,
     is_pointwise_layer,
@@ -69,9 +70,8 @@ class Layers(Flow):
         conv, own = found.largest, own_pads(found.largest)
         tail = tail_behind(found.nodes, self._modules, conv.out_channels)
         modules = self._modules_of(tail.nodes)
-        element = SumOfBranches(found.terms, conv, tail.bn, tail.activation, modules, NO_PADS, own, tail.carried)
-        self._reads_images |= not self.steps and element.reads_images
-        self._add_step(lambda frozen: element, tail.nodes, read, conv.out_channels, is_depthwise=element.is_depthwise)
+        whole = SumOfBranches(found.terms, conv, tail.bn, tail.activation, modules, NO_PADS, own, tail.carried)
+        self._add_convolution(whole, tail.nodes, read)
         return True
 
     def _take_layer(self, node: fx.Node, source: fx.Node) -> bool:
@@ -80,7 +80,7 @@ class Layers(Flow):
         if node.all_input_nodes != [source]:
             return False
         if not isinstance(target, FusedSite) and (module is None or not is_block(module)):
-            if is_pointwise_layer(module) or is_depthwise_layer(module):
+            if is_pointwise_layer(module) or is_depthwise_layer(module) or is_doubling_layer(module):
                 return self._take_convolution([node], module, NO_PADS)
             return self._take_groups(node, module) or self._take_whole_convolution(node)
         if isinstance(target, FusedSite):
@@ -108,13 +108,12 @@ class Layers(Flow):
             return False
         own, tail = own_pads(conv), tail_behind([node], self._modules, conv.out_channels)
         modules = self._modules_of(tail.nodes)
-        elements = [
-            Convolution(conv, tail.bn, tail.activation, modules, NO_PADS, own, tail.carried, group)
-            for group in range(conv.groups)
-        ]
+        channels, size = conv.in_channels // conv.groups, conv.out_channels // conv.groups
+        whole = Convolution(conv, tail.bn, tail.activation, modules, NO_PADS, own, tail.carried)
+        filters = [range(begin, begin + size) for begin in range(0, conv.out_channels, size)]
+        elements = [whole.with_filters(channels, own) for own in filters]
         parts = []
         for group, element in enumerate(elements):
-            channels = element.in_channels
             part = Part(read.map, read.begin + group * channels, channels)
             parts.append(self._add_step(lambda frozen, element=element: element, [], part, element.out_channels))
         self._nodes += tail.nodes
@@ -178,7 +177,7 @@ class Layers(Flow):
         return True
 
     def _take_factors(self, node: fx.Node) -> bool:
-        """Factors of the channels that a 1x1 convolution or a linear layer gives, and nobody else reads."""
+        """Factors of the channels that a linear layer gives, and nobody else reads."""
         for source in node.all_input_nodes:
             value = self._maps.joined([self._values[source]]) if source in self._values else ()
             part = value[0] if len(value) == 1 and value[0].map >= 1 and self._maps.is_whole(value[0]) else None
@@ -186,9 +185,11 @@ class Layers(Flow):
             if factors is None:
                 continue
             step = self.steps[part.map - 1]
-            layer = None if step.site is not None else _unscaled(step.make(None))
+            layer = None if step.site is not None else step.make(None)
             nodes = [*factors.constants[:-1], node]
-            if layer is None or step.residual is not None or step.activation != "none" or nodes[0] < self._nodes[0]:
+            if not isinstance(layer, ChannelLinear) or layer.activation != "none" or layer.scale is not None:
+                return False
+            if step.residual is not None or step.activation != "none" or nodes[0] < self._nodes[0]:
                 return False
             if not self._is_read_by(part, [node]):
                 return False
@@ -264,9 +265,21 @@ class Layers(Flow):
         if read is None:
             return False
         element, nodes = self._read_convolution(nodes, conv, pads, own)
-        self._reads_images |= not self.steps and element.reads_images
-        self._add_step(lambda frozen: element, nodes, read, conv.out_channels, is_depthwise=element.is_depthwise)
+        self._add_convolution(element, nodes, read)
         return True
+
+    def _add_convolution(self, element: Convolution, nodes: list[fx.Node], read: Part) -> None:
+        """``element``, in two steps if it is a depthwise convolution with two filters for each channel."""
+        self._reads_images |= not self.steps and element.reads_images
+        if not is_doubling_layer(element.conv):
+            self._add_step(lambda frozen: element, nodes, read, element.out_channels, is_depthwise=element.is_depthwise)
+            return
+        halves = []
+        for first in (0, 1):
+            half = element.with_filters(read.channels, range(first, element.out_channels, 2))
+            make = lambda frozen, half=half: half  # noqa: E731
+            halves.append(self._add_step(make, [], read, half.out_channels, is_depthwise=True))
+        self._combine(*halves, nodes, interleaved=True)
 
     def _read_convolution(
         self, nodes: list[fx.Node], conv: nn.Conv2d, pads: Pads | str, own: Pads | str
@@ -287,16 +300,6 @@ def own_pads(conv: nn.Conv2d) -> Pads | Literal["same"] | None:
         return read_padding(conv, gradients=False)  # chains have none
     except PaddingUnknown:
         return None
-
-
-def _unscaled(element: Element) -> ChannelLinear | None:
-    """``element`` as a linear layer that may have factors, if it is one, or a 1x1 convolution and nothing else."""
-    if isinstance(element, ChannelLinear):
-        return element if element.activation == "none" and element.scale is None else None
-    is_alone = type(element) is Convolution and element.bn is None and element.activation == "none"
-    if not is_alone or not is_plain_pointwise(element.conv):
-        return None
-    return ChannelLinear(element.conv, None, "none", None, element.modules)
 
 
 def _may_pad(node: fx.Node, module: nn.Module | None) -> bool:

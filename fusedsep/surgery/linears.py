@@ -10,7 +10,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import fx
 
-from .._chain_linear import ChannelLinear, LayerScale
+from .._chain_layers import LayerScale
+from .._chain_linear import ChannelLinear
 from .activations import MULTIPLY, arguments_of
 from .dropouts import node_passes_on
 from .heads import is_linear
@@ -21,7 +22,8 @@ from .tracing import CallForm, Tracer, Untraceable
 
 _PERMUTE = {torch.permute, "permute"}
 _TO_LAST, _TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
-_RESHAPE = {torch.reshape, "reshape", "view"}
+#: What gives a parameter or a map another shape.
+RESHAPE = {torch.reshape, "reshape", "view"}
 
 
 class Section(NamedTuple):
@@ -68,7 +70,7 @@ def factors_of(
         return None
     constants = [next((each for each in node.args if each is not source), None)]
     shape: Any = None
-    if constants[0].target in _RESHAPE and not constants[0].kwargs:
+    if constants[0].target in RESHAPE and not constants[0].kwargs:
         shape = constants[0].args[1:]
         constants.append(constants[0].args[0])
     parameter = constants[-1]
