@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from . import _C, _compat, _kernel_path, _ops
 from ._activations import LAYER_ACTIVATION_CODES, apply_activation
-from ._chain_convolutions import Convolution, FrozenSite
+from ._chain_convolutions import Convolution, FrozenSite, Site
 from ._chain_elements import Element, depthwise_of
 from ._chain_layers import Place, tensors_at
 from ._chain_products import Classifier
@@ -51,8 +51,8 @@ class Link(NamedTuple):
 class LayerChain:
     """Layers that read what those in front of them give, and what becomes of their maps; eval only.
 
-    Called with a batch of float maps on the CPU, several are one call of the operator; anything else goes through the
-    layers one by one, with the same result up to rounding.
+    Called with a batch of float maps on the CPU, they are one call of the operator; anything else, and a single site,
+    goes through the layers one by one, with the same result up to rounding.
 
     Whoever calls it has seen to it that the modules, their classes, settings and modes are those that the chain was
     made for. It looks after their numbers itself: those of frozen sites have an identity, and what else a frozen model
@@ -67,6 +67,7 @@ class LayerChain:
         self.__name__ = name
         self.elements, self.links, self.frozen = elements, links, frozen
         self.modules = [module for element in elements for module in element.modules]
+        self._is_site = len(elements) == 1 and isinstance(elements[0], (Site, FrozenSite))
         self._is_map = not isinstance(elements[-1], Classifier)
         self._has_images = isinstance(elements[0], Convolution) and elements[0].reads_images
         self._sites = [element.frozen for element in elements if isinstance(element, FrozenSite)]
@@ -85,16 +86,21 @@ class LayerChain:
         return []
 
     def depthwise(self) -> list[nn.Conv2d]:
-        """The depthwise convolutions that are layers by themselves, among others."""
-        return depthwise_of(self.elements) if len(self.elements) > 1 else []
+        """The depthwise convolutions that are layers by themselves."""
+        return depthwise_of(self.elements)
 
     def read(self) -> list[nn.Module]:
         """Modules that this depends on to be as they were found: all."""
         return self.modules
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        several = len(self.elements) > 1
-        if several and x.is_cpu and _kernel_path.covers_map(x) and x.dim() == 4 and not torch.compiler.is_compiling():
+        if (
+            not self._is_site
+            and x.is_cpu
+            and _kernel_path.covers_map(x)
+            and x.dim() == 4
+            and not torch.compiler.is_compiling()
+        ):
             y = self._run(x)
             if y is not None:
                 return y
@@ -137,12 +143,10 @@ class LayerChain:
         packed = None if layers is None else self._packed_for(x.dtype, nchw)
         if packed is None:
             return None
-        if not nchw:
-            x = x.contiguous(memory_format=torch.channels_last)
         with _compat.below_autograd():
-            y = _ops.chain(x, packed, layers)
+            y = _ops.chain(x, packed, layers, channels_last)
         if self._is_map:
-            return y if channels_last else y.contiguous()
+            return y
         y = y.flatten(1)  # the operator gives a map where a product follows on that of the means
         return y[:, :, None, None] if self.elements[-1].as_map else y
 

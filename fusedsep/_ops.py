@@ -203,7 +203,7 @@ def _(x, packed, out_channels, *others):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("fusedsep::chain")
-def _(x, packed, layers):  # type: ignore[no-untyped-def]
+def _(x, packed, layers, channels_last=True):  # type: ignore[no-untyped-def]
     maps = [x]
     last = 0  # the map that the layer in front writes
     for layer in layers_of(layers):
@@ -223,7 +223,7 @@ def _(x, packed, layers):  # type: ignore[no-untyped-def]
         if x.shape[1] > maps[last].shape[1]:
             maps[last] = x
     x = maps[last]
-    return x.new_empty(x.shape[:2]) if layer.rows == MEANS else x
+    return x.new_empty(x.shape[:2]) if layer.rows == MEANS else _dense(x, *x.shape, channels_last)
 
 
 @torch.library.register_fake("fusedsep::separable_conv2d_training")

@@ -110,7 +110,7 @@ def arguments(layers, x):
 
 def rows_of(calls):
     """Of the layers of each recorded call of the operator."""
-    return [[layer.rows for layer in _ops.layers_of(text)] for _, _, text in calls]
+    return [[layer.rows for layer in _ops.layers_of(text)] for _, _, text, *_ in calls]
 
 
 def run(layers, x):

@@ -20,7 +20,7 @@ from fusedsep._ops import DEPTHWISE, DEPTHWISE_MAP, MAX_POOL, MEANS, PATCHES_OF_
 
 def activations_of(calls):
     """The activation behind the sum of each layer."""
-    return [[layer.joined_activation for layer in _ops.layers_of(text)] for _, _, text in calls]
+    return [[layer.joined_activation for layer in _ops.layers_of(text)] for _, _, text, *_ in calls]
 
 
 class XceptionBlock(nn.Module):

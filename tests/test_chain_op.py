@@ -323,6 +323,21 @@ def test_same_bits_for_every_batch_and_thread_count(isa, make, channels):
         assert torch.equal(run(layers, x[:batch]), alone[:batch])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_maps_of_either_memory_format(isa, dtype):
+    torch.manual_seed(9)
+    formats = {True: torch.channels_last, False: torch.contiguous_format}
+    for channels, out_channels, size in itertools.product((1, 7, 16, 33), (1, 8, 19), ((1, 1), (1, 5), (13, 31))):
+        x, packed, text = arguments([pixels(channels, out_channels, 1)], torch.randn(3, channels, *size, dtype=dtype))
+        expected = _ops.chain(x, packed, text)
+        for threads, from_last, to_last in itertools.product((1, 3), formats, formats):
+            torch.set_num_threads(threads)
+            y = _ops.chain(x.contiguous(memory_format=formats[from_last]), packed, text, to_last)
+            assert torch.equal(y, expected) and y.is_contiguous(memory_format=formats[to_last])
+    x, packed, text = arguments([Layer(PATCHES_OF_NCHW, 3, 17, 2, activations=(0, 1))], torch.randn(2, 3, 40, 42))
+    assert torch.equal(_ops.chain(x, packed, text, False), _ops.chain(x, packed, text))
+
+
 def test_more_images_than_stay_in_the_cache():
     torch.manual_seed(4)
     layers = network(PATCHES_OF_NCHW)
@@ -354,6 +369,7 @@ def test_shapes_while_tracing():
     ):
         inputs = arguments(layers, torch.randn(2, 3, 16, 24))
         torch.library.opcheck(_ops.chain, inputs, test_utils=utils)
+        torch.library.opcheck(_ops.chain, (*inputs, False), test_utils=utils)
     for kernel in (3, 7, 11):
         weight, scale = torch.randn(5, 1, kernel, kernel), torch.ones(5).double()
         torch.library.opcheck(_ops.pack_depthwise, (weight, scale, scale), test_utils=utils)

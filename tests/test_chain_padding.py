@@ -48,7 +48,7 @@ KEPT = {
 
 
 def first_layers(calls):
-    return [_ops.layers_of(text)[0] for _, _, text in calls]
+    return [_ops.layers_of(text)[0] for _, _, text, *_ in calls]
 
 
 @pytest.mark.parametrize("name", ABSORBED)

@@ -145,3 +145,38 @@ def test_tied_weights_are_folded_each_for_itself():
     assert not norms_of(frozen)
     with torch.no_grad():
         assert_as_close_to_float64(frozen, model, x)
+
+
+class Pair(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv, self.bn = depthwise(channels), nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        return self.bn(self.conv(x))
+
+
+class Indexed(nn.Module):
+    """Containers whose layers are called one by one, and not all of them."""
+
+    def __init__(self, opaque):
+        super().__init__()
+        self.first = nn.Sequential(pointwise(4, 8), nn.BatchNorm2d(8), nn.ReLU())
+        large = depthwise(8, kernel=5, padding=2)
+        self.second = nn.Sequential(large, nn.BatchNorm2d(8), nn.ReLU(), pointwise(8, 5), nn.BatchNorm2d(5))
+        self.pair, self.opaque = Pair(5), opaque
+
+    def forward(self, x):
+        x = self.first[0](x) if not self.opaque or x.sum() != 0 else x
+        y = self.second[3](self.second[2](self.second[0](x)))
+        return self.pair.conv(y) + self.second[4](self.second[3](self.second[1](x)))
+
+
+@pytest.mark.parametrize("opaque", [False, True])
+def test_layers_of_containers_that_are_called_one_by_one(opaque):
+    model, x = randomized(Indexed(opaque)).eval(), torch.randn(2, 4, 9, 10)
+    frozen = fusedsep.freeze(model)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(x), model(x))
+        torch.testing.assert_close(frozen.first(x), model.first(x))
+        torch.testing.assert_close(fusedsep.fuse(model)(x), model(x))

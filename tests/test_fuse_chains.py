@@ -286,4 +286,4 @@ def test_parts_of_what_cannot_be_traced_are_chains(chain_calls):
         chain_calls.clear()
         with torch.no_grad():
             assert_as_close_to_float64(make(model), model, torch.randn(2, 3, 24, 24))
-        assert rows_of(chain_calls) == [3 * [DEPTHWISE]]
+        assert rows_of(chain_calls) == [[PATCHES_OF_NCHW], 3 * [DEPTHWISE]]

@@ -42,7 +42,7 @@ class StarNet(nn.Sequential):
 
 def multiplied(calls):
     """Rows, and what they are multiplied by, of each layer of each call that multiplies."""
-    calls = [_ops.layers_of(text) for _, _, text in calls]
+    calls = [_ops.layers_of(text) for _, _, text, *_ in calls]
     return [[(n.rows, n.residual) for n in layers if n.multiplies] for layers in calls]
 
 

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "formats.h"
 #include "geometry.h"
 #include "run_chain.h"
 #include "tensors.h"
@@ -304,20 +305,25 @@ class ChainReader {
 };
 
 template <typename T>
-Tensor chain_as(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& numbers) {
+Tensor chain_as(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& numbers, bool channels_last) {
   const Isa& isa = active_isa();
   const auto& kernels = isa.separable<T>();
   const ChainReader<T> chain(kernels, isa, x, packed, numbers);
   const int64_t batch = x.size(0);
   const ChainMap& output = chain.output();
-  const bool is_map = chain.layers().back().params.rows != Rows::kMeans;
-  const std::array<int64_t, 4> sizes{batch, output.channels, output.height, output.width};
-  Tensor y = is_map ? empty_strided<4>(sizes, dense_strides(sizes, true), x.scalar_type())
-                    : empty_strided<2>({batch, output.channels}, {output.channels, 1}, x.scalar_type());
+  const bool reads_nchw = chain.layers().front().params.rows == Rows::kPatchesOfNchw;
+  const std::array<int64_t, 4> in_sizes{batch, x.size(1), x.size(2), x.size(3)};
+  const Incoming<T> own_x(x, in_sizes, reads_nchw || is_dense(x, in_sizes, true), true);
+  const ChainRunner<T> runner(kernels, chain.layers());
   const int64_t threads = torch::stable::get_num_threads();
-  ChainRunner<T>(kernels, chain.layers())
-      .run(x.const_data_ptr<T>(), y.mutable_data_ptr<T>(), batch, threads, TorchParallelFor());
-  return y;
+  if (chain.layers().back().params.rows == Rows::kMeans) {
+    Tensor y = empty_strided<2>({batch, output.channels}, {output.channels, 1}, x.scalar_type());
+    runner.run(own_x.data(), y.mutable_data_ptr<T>(), batch, threads, TorchParallelFor());
+    return y;
+  }
+  Outgoing<T> y({batch, output.channels, output.height, output.width}, channels_last, true);
+  runner.run(own_x.data(), y.data(), batch, threads, TorchParallelFor());
+  return y.map();
 }
 
 // Whole numbers, each behind the other with one character between them.
@@ -337,21 +343,22 @@ std::vector<int64_t> read_numbers(const std::string& text) {
   return numbers;
 }
 
-Tensor chain(const Tensor& x, const Tensor& packed, const std::string& text) {
+Tensor chain(const Tensor& x, const Tensor& packed, const std::string& text, bool channels_last) {
   const std::vector<int64_t> layers = read_numbers(text);
   STD_TORCH_CHECK(x.dim() == 4 && x.size(1) >= 1 && x.size(1) < (int64_t(1) << 40) && x.is_cpu(),
                   "x must be a CPU tensor of shape [N, C, H, W]");
   STD_TORCH_CHECK(!layers.empty() && layers.size() % kNumbersPerLayer == 0, "layers must be a multiple of ",
                   kNumbersPerLayer, " numbers, got ", layers.size());
-  const bool channels_last = layers[0] != int64_t(Rows::kPatchesOfNchw);
-  STD_TORCH_CHECK(is_dense(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, channels_last), "x must be contiguous in ",
-                  channels_last ? "channels_last" : "NCHW", " memory format");
+  const std::array<int64_t, 4> sizes{x.size(0), x.size(1), x.size(2), x.size(3)};
+  const bool is_nchw = is_dense(x, sizes, false), reads_nchw = layers[0] == int64_t(Rows::kPatchesOfNchw);
+  STD_TORCH_CHECK(is_nchw || (!reads_nchw && is_dense(x, sizes, true)), "x must be contiguous in NCHW",
+                  reads_nchw ? "" : " or in channels_last", " memory format");
   STD_TORCH_CHECK(
       packed.dim() == 1 && packed.is_contiguous() && packed.is_cpu() && packed.scalar_type() == x.scalar_type(),
       "packed must be what fusedsep::pack returned, concatenated, of the dtype of x");
-  if (x.scalar_type() == ScalarType::Float) return chain_as<float>(x, packed, layers);
+  if (x.scalar_type() == ScalarType::Float) return chain_as<float>(x, packed, layers, channels_last);
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Double, "x must be float32 or float64");
-  return chain_as<double>(x, packed, layers);
+  return chain_as<double>(x, packed, layers, channels_last);
 }
 
 }  // namespace
@@ -371,6 +378,11 @@ Tensor chain(const Tensor& x, const Tensor& packed, const std::string& text) {
 // map times what the layer in front of it gives for each channel; -1 for no such. The last layer writes the output.
 // `packed` is what `pack`, or `pack_depthwise`, returned for each layer that has weights, in channels_last, one after
 // the other.
-STABLE_TORCH_LIBRARY_FRAGMENT(fusedsep, m) { m.def("chain(Tensor x, Tensor packed, str layers) -> Tensor"); }
+//
+// x is dense in either memory format, and in NCHW if the first layer reads that. A map is given in channels_last, or in
+// NCHW.
+STABLE_TORCH_LIBRARY_FRAGMENT(fusedsep, m) {
+  m.def("chain(Tensor x, Tensor packed, str layers, bool channels_last=True) -> Tensor");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fusedsep, CPU, m) { m.impl("chain", TORCH_BOX(&fusedsep::chain)); }

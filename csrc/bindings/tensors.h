@@ -49,6 +49,11 @@ inline std::array<int64_t, 4> dense_strides(const std::array<int64_t, 4>& sizes,
   return {channels * height * width, height * width, width, 1};
 }
 
+inline Tensor empty_map(const std::array<int64_t, 4>& sizes, bool channels_last, ScalarType dtype,
+                        const Place& place = Place::cpu()) {
+  return empty_strided<4>(sizes, dense_strides(sizes, channels_last), dtype, place);
+}
+
 // Dense in the memory format; strides of dimensions of size one, and of empty tensors, do not matter, as everywhere in
 // torch.
 inline bool is_dense(const Tensor& x, const std::array<int64_t, 4>& sizes, bool channels_last) {

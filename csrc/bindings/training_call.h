@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "formats.h"
 #include "norm.h"
 #include "run_training.h"
 #include "training_checks.h"
@@ -25,36 +26,6 @@ TrainingParams<T> params_of_product(const Tensor& p, int64_t activation, bool ch
   params.pointwise_activation = Activation(activation);
   return params;
 }
-
-// Images from one memory format to the other.
-template <typename T>
-void transpose_images(const T* from, const std::array<int64_t, 4>& sizes, bool to_channels_last, T* to) {
-  const int64_t channels = sizes[1], pixels = sizes[2] * sizes[3], image = channels * pixels;
-  const auto& kernels = active_isa().training<T>();
-  TorchParallelFor()(sizes[0], [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      kernels.transpose(from + i * image, to_channels_last ? channels : pixels, to_channels_last ? pixels : channels,
-                        to + i * image);
-    }
-  });
-}
-
-// A map that is read, in the memory format that the kernels want.
-template <typename T>
-class Incoming {
- public:
-  Incoming(const Tensor& map, const std::array<int64_t, 4>& sizes, bool channels_last, bool wants_channels_last)
-      : map_(map) {
-    if (channels_last == wants_channels_last || sizes[2] * sizes[3] == 1) return;
-    map_ = empty_map(sizes, wants_channels_last, map.scalar_type());
-    transpose_images(map.const_data_ptr<T>(), sizes, wants_channels_last, map_.mutable_data_ptr<T>());
-  }
-  const T* data() const { return map_.const_data_ptr<T>(); }
-  const Tensor& map() const { return map_; }
-
- private:
-  Tensor map_;
-};
 
 template <typename T>
 auto run_of(const TrainingParams<T>& params) {
@@ -131,32 +102,6 @@ class KeptInput {
   bool normalized_;
   Activation activation_ = Activation::kNone;
   std::vector<std::vector<T>> rows_;
-};
-
-// A map that the kernels write in the memory format that they want.
-template <typename T>
-class Outgoing {
- public:
-  Outgoing(const std::array<int64_t, 4>& sizes, bool channels_last, bool wants_channels_last)
-      : sizes_(sizes),
-        channels_last_(channels_last),
-        map_(empty_map(sizes, channels_last, kScalarType<T>)),
-        written_(channels_last == wants_channels_last || sizes[2] * sizes[3] == 1
-                     ? map_
-                     : empty_map(sizes, wants_channels_last, kScalarType<T>)) {}
-  T* data() { return written_.mutable_data_ptr<T>(); }
-  // When it is written.
-  Tensor map() {
-    if (map_.get() != written_.get()) {
-      transpose_images(written_.const_data_ptr<T>(), sizes_, channels_last_, map_.mutable_data_ptr<T>());
-    }
-    return map_;
-  }
-
- private:
-  std::array<int64_t, 4> sizes_;
-  bool channels_last_;
-  Tensor map_, written_;
 };
 
 // f(T()) for the element type of `x`.

@@ -26,11 +26,6 @@ inline Tensor nothing(ScalarType dtype, const Place& place = Place::cpu()) {
   return empty_strided<1>({0}, {1}, dtype, place);
 }
 
-inline Tensor empty_map(const std::array<int64_t, 4>& sizes, bool channels_last, ScalarType dtype,
-                        const Place& place = Place::cpu()) {
-  return empty_strided<4>(sizes, dense_strides(sizes, channels_last), dtype, place);
-}
-
 // The format that the kernels run in. NCHW fills vectors with pixels of a row. Where rows are shorter than two of the
 // longest vectors, copies in channels_last cost less than what the cut vectors lose. The fake kernels in
 // fusedsep/_ops.py know this rule.

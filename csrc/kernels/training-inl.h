@@ -65,15 +65,16 @@ FUSEDSEP_INLINE void load_square(const typename V::T* m, int64_t pitch, int64_t 
 }
 
 template <class V>
-void transpose(const typename V::T* from, int64_t rows, int64_t columns, typename V::T* to) {
+void transpose(const typename V::T* from, int64_t from_pitch, int64_t rows, int64_t columns, typename V::T* to,
+               int64_t to_pitch) {
   constexpr int64_t L = V::kLanes;
   for (int64_t r = 0; r < rows; r += L) {
     const auto mask = V::mask(0, rows - r);
     for (int64_t c = 0; c < columns; c += L) {
       V square[L];
-      load_square<V>(from + r * columns + c, columns, rows - r, columns - c, square);
+      load_square<V>(from + r * from_pitch + c, from_pitch, rows - r, columns - c, square);
       V::transpose(square);
-      for (int64_t i = 0; i < min_of(L, columns - c); ++i) square[i].store(to + (c + i) * rows + r, mask);
+      for (int64_t i = 0; i < min_of(L, columns - c); ++i) square[i].store(to + (c + i) * to_pitch + r, mask);
     }
   }
 }

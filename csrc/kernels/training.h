@@ -115,8 +115,9 @@ struct TrainingKernels {
   void (*pack)(const T* depthwise_weight, const T* pointwise_weight, int64_t in_channels, int64_t out_channels,
                bool channels_last, bool transposed, int64_t begin, int64_t end, T* packed);
 
-  // to[c][r] = from[r][c]: a map of one image from one memory format to the other.
-  void (*transpose)(const T* from, int64_t rows, int64_t columns, T* to);
+  // to[c][r] = from[r][c], of rows `from_pitch` and `to_pitch` elements apart: a part of a map of one image from one
+  // memory format to the other.
+  void (*transpose)(const T* from, int64_t from_pitch, int64_t rows, int64_t columns, T* to, int64_t to_pitch);
 
   // Elements of scratch of the passes below for a tile of `pixels`, for which `input_pixels` of x are formed.
   int64_t (*scratch_size)(int64_t in_channels, int64_t out_channels, int64_t pixels, int64_t input_pixels,

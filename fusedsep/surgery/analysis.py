@@ -26,6 +26,7 @@ class Analysis:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.programs: dict[nn.Module, Program] = {}
         self.reasons: dict[nn.Module, str] = {}
         #: Modules that are also called outside of every site.
@@ -41,8 +42,9 @@ class Analysis:
         #: Functions that one node stands for.
         self.helpers: list[Helper] = []
         self._seen: set[nn.Module] = set()
-        for module in list(model.modules()):
-            if module not in self._seen and _holds_depthwise(module):
+        # A model without a depthwise convolution is not what this is for; one that has any may hold others elsewhere.
+        for module in list(model.modules()) if any(map(is_depthwise, model.modules())) else []:
+            if module not in self._seen and self._may_be_a_root(module):
                 self._analyse(module)
         reasons, self.reasons = self.reasons, {}
         #: What stands for each depthwise convolution that is fused.
@@ -63,6 +65,11 @@ class Analysis:
         for module in model.modules():
             if is_depthwise(module) and module not in self.fused:
                 self.reasons[module] = why_not_fusable(module) or reasons.get(module) or self._caller(model, module)
+
+    def _may_be_a_root(self, module: nn.Module) -> bool:
+        """Whether it holds a depthwise convolution, or others that no root calls."""
+        convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d)]
+        return any(map(is_depthwise, convolutions)) or bool(convolutions and self._seen.isdisjoint(convolutions))
 
     def _analyse(self, root: nn.Module) -> None:
         """Add the sites of one root; every module that the trace calls counts as seen."""
@@ -175,10 +182,6 @@ def is_fused(module: nn.Module) -> bool:
 def is_block(module: nn.Module) -> bool:
     """Whether ``module`` runs as one operation already."""
     return type(module).forward is DepthwiseSeparableBlock.forward
-
-
-def _holds_depthwise(module: nn.Module) -> bool:
-    return any(is_depthwise(part) for part in module.modules())
 
 
 def _innermost_common(stacks: list[tuple[Call, ...]]) -> Call:

@@ -70,8 +70,10 @@ class Outline:
         needed = _written_out(runs, root)
         tracer = Tracer(root, self._form, opaque, analysis.helpers, needed | tracer.see_through)
         self._graph = tracer.run()
-        self._runs = self._find_runs(self._graph)
+        self._runs = self._find_runs(self._graph) if runs else []
         self._inlined = tracer.inlined
+        # Python that cannot be traced may call the layers of others one by one.
+        self._is_called_whole = root is analysis.model
 
     def _find_runs(self, graph: fx.Graph) -> list[Run]:
         replace_sites(graph, self._modules)
@@ -79,14 +81,14 @@ class Outline:
         covered: set[fx.Node] = set()
         for node in graph.nodes:
             run = None if node in covered else Run(node, self._modules, covered)
-            if run is not None and run.is_worthwhile:
+            if run is not None and run.steps:
                 runs.append(run)
                 covered.update(run.nodes)
-        return runs if any(len(run.steps) > 1 for run in runs) else []
+        return [] if all(run.is_lone_site for run in runs) else runs
 
     def depthwise(self) -> list[nn.Conv2d]:
-        """The depthwise convolutions that are layers by themselves, of runs that become chains."""
-        return [conv for run in self._runs if len(run.steps) > 1 for conv in depthwise_of(run.elements(None))]
+        """The depthwise convolutions that are layers by themselves."""
+        return [conv for run in self._runs for conv in depthwise_of(run.elements(None))]
 
     def attach(self, frozen: Frozen = None, folding: Folding | None = None) -> None:
         """Give the root a forward with its runs as chains, if it has any.
@@ -99,7 +101,7 @@ class Outline:
             return
         elements = [run.elements(frozen) for run in self._runs]
         if folding is not None:
-            folding.fold([*itertools.chain(*elements)], self._root, self._graph, self._modules)
+            folding.fold([*itertools.chain(*elements)], self._root, self._graph, self._modules, self._is_called_whole)
         for index, run in enumerate(self._runs):
             chain = LayerChain(f"chain_{index}", elements[index], run.links(), frozen is not None)
             nodes = run.nodes
@@ -139,7 +141,7 @@ def _written_out(runs: list[Run], root: nn.Module) -> set[nn.Module]:
         found = {
             call.module
             for run in runs
-            if len(run.steps) > 1 or any(site.meta["around"][-1].module in needed for site in run.site_calls)
+            if not run.is_lone_site or any(site.meta["around"][-1].module in needed for site in run.site_calls)
             for node in run.nodes
             for call in node.meta["calls"]
         }

@@ -38,7 +38,6 @@ class Step(NamedTuple):
         input: what it reads.
         residual: what is added to its map, or combined with it.
         site: what stands for it in a dictionary of frozen sites, if it is one.
-        is_depthwise: whether it is a depthwise convolution by itself.
         joins: whether a sum with another map may become a part of it; a product too, if it ``activates``.
         activation: name of what is applied to the sum, or to its map where nothing is added.
         activates: whether it may have such.
@@ -51,7 +50,6 @@ class Step(NamedTuple):
     input: Part
     residual: Part | None = None
     site: nn.Module | None = None
-    is_depthwise: bool = False
     joins: bool = True
     activation: str = "none"
     activates: bool = True

@@ -37,7 +37,14 @@ class Folding:
         self._held_twice = held_twice
         self._replaced: dict[nn.Module, nn.Module] = {}  # BNs that are folded
 
-    def fold(self, elements: list[Element], root: nn.Module, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    def fold(
+        self,
+        elements: list[Element],
+        root: nn.Module,
+        graph: fx.Graph,
+        modules: dict[str, nn.Module],
+        is_called_whole: bool,
+    ) -> None:
         """Fold the BNs of ``elements`` where nothing else reads them or the layers in front of them.
 
         A layer gets the folded weight and bias, and the BN makes room for its activation, or for ``nn.Identity``.
@@ -45,6 +52,7 @@ class Folding:
         Args:
             graph: the forward of ``root``.
             modules: of ``root``, by name.
+            is_called_whole: whether nobody calls parts of ``root``; otherwise only what was folded before counts.
         """
         calls = collections.Counter(modules[node.target] for node in graph.nodes if node.op == "call_module")
         read = {modules[node.target.rpartition(".")[0]] for node in graph.nodes if node.op == "get_attr"}
@@ -59,7 +67,7 @@ class Folding:
             )
 
         replaced = self._replaced
-        for layer, bn, activation in _pairs(elements):
+        for layer, bn, activation in _pairs(elements) if is_called_whole else ():
             # A part of the model that has a forward of its own may have been here before.
             if bn not in replaced and activation in _ACTIVATIONS and is_alone(layer) and is_alone(bn):
                 replaced[bn] = _fold(layer, bn, _ACTIVATIONS[activation])

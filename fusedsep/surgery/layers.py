@@ -272,13 +272,13 @@ class Layers(Flow):
         """``element``, in two steps if it is a depthwise convolution with two filters for each channel."""
         self._reads_images |= not self.steps and element.reads_images
         if not is_doubling_layer(element.conv):
-            self._add_step(lambda frozen: element, nodes, read, element.out_channels, is_depthwise=element.is_depthwise)
+            self._add_step(lambda frozen: element, nodes, read, element.out_channels)
             return
         halves = []
         for first in (0, 1):
             half = element.with_filters(read.channels, range(first, element.out_channels, 2))
             make = lambda frozen, half=half: half  # noqa: E731
-            halves.append(self._add_step(make, [], read, half.out_channels, is_depthwise=True))
+            halves.append(self._add_step(make, [], read, half.out_channels))
         self._combine(*halves, nodes, interleaved=True)
 
     def _read_convolution(

@@ -46,9 +46,9 @@ class Run(Layers):
         self.steps, self._maps, self._nodes, self._views = closed
 
     @property
-    def is_worthwhile(self) -> bool:
-        """Whether it has a site, or a depthwise convolution among other layers."""
-        return bool(self.site_keys) or (len(self.steps) > 1 and any(step.is_depthwise for step in self.steps))
+    def is_lone_site(self) -> bool:
+        """Whether it is a site and nothing else, which is one operation without a chain."""
+        return len(self.steps) == 1 and bool(self.site_keys)
 
     @property
     def nodes(self) -> list[fx.Node]:
