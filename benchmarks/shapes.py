@@ -81,6 +81,8 @@ OTHER_WHOLE_NETWORKS = [
     ("Xception", 224),
     ("MobileOne-S1", 224),
     ("ConvNeXt-Atto", 224),
+    ("StarNet-S1", 224),
+    ("FastViT-T8", 224),
 ]
 
 #: The entries of `NETWORKS` and the batch, for the comparison with other engines: everything that the paper crosses,

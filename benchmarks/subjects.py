@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import branches
 import convnext
 import inverted_residuals
+import mixers
 import torch
 import torch.nn as nn
 from shapes import Shape
@@ -216,6 +217,8 @@ OTHER_NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "Xception": branches.Xception,
     "MobileOne-S1": branches.MobileOne,
     "ConvNeXt-Atto": convnext.ConvNeXt,
+    "StarNet-S1": mixers.StarNet,
+    "FastViT-T8": mixers.FastViT,
 }
 
 
