@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Networks that mix pixels by large depthwise convolutions: with products of two maps, and with branches to be merged."""
+"""Networks that mix pixels by large depthwise convolutions: products of two maps, and branches that can be merged."""
 
 from __future__ import annotations
 
