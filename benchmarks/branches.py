@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 
-def _conv(
+def conv_norm(
     channels: int, out_channels: int, kernel: int = 1, stride: int = 1, groups: int = 1, relu: bool = True
 ) -> nn.Sequential:
     conv = nn.Conv2d(channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
@@ -19,7 +19,7 @@ def _conv(
 
 
 def _depthwise(channels: int, kernel: int = 3, stride: int = 1, relu: bool = False) -> nn.Sequential:
-    return _conv(channels, channels, kernel, stride, channels, relu)
+    return conv_norm(channels, channels, kernel, stride, channels, relu)
 
 
 class ShuffleUnit(nn.Module):
@@ -29,8 +29,8 @@ class ShuffleUnit(nn.Module):
         super().__init__()
         half = out_channels // 2
         read = channels if stride == 2 else half
-        self.short = nn.Sequential(_depthwise(channels, 3, 2), _conv(channels, half)) if stride == 2 else None
-        self.long = nn.Sequential(_conv(read, half), _depthwise(half, 3, stride), _conv(half, half))
+        self.short = nn.Sequential(_depthwise(channels, 3, 2), conv_norm(channels, half)) if stride == 2 else None
+        self.long = nn.Sequential(conv_norm(read, half), _depthwise(half, 3, stride), conv_norm(half, half))
         self.shuffle = nn.ChannelShuffle(2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -50,13 +50,13 @@ class ShuffleNetV2(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths, repeats = (24, 116, 232, 464, 1024), (4, 8, 4)
-        self.stem = nn.Sequential(_conv(3, widths[0], 3, 2), nn.MaxPool2d(3, 2, 1))
+        self.stem = nn.Sequential(conv_norm(3, widths[0], 3, 2), nn.MaxPool2d(3, 2, 1))
         units = []
         for channels, out_channels, count in zip(widths, widths[1:], repeats, strict=False):
             units += [ShuffleUnit(channels, out_channels, 2)]
             units += [ShuffleUnit(out_channels, out_channels, 1) for _ in range(count - 1)]
         self.units = nn.Sequential(*units)
-        self.head, self.classifier = _conv(widths[-2], widths[-1]), nn.Linear(widths[-1], 1000)
+        self.head, self.classifier = conv_norm(widths[-2], widths[-1]), nn.Linear(widths[-1], 1000)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.head(self.units(self.stem(x))).mean([2, 3]))
@@ -67,7 +67,7 @@ class Ghost(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, relu: bool) -> None:
         super().__init__()
-        self.primary = _conv(channels, out_channels // 2, relu=relu)
+        self.primary = conv_norm(channels, out_channels // 2, relu=relu)
         self.cheap = _depthwise(out_channels // 2, relu=relu)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -99,7 +99,9 @@ class GhostBottleneck(nn.Module):
         self.long = nn.Sequential(*layers, Ghost(wide, out_channels, relu=False))
         self.short: nn.Module = nn.Identity()
         if stride == 2 or channels != out_channels:
-            self.short = nn.Sequential(_depthwise(channels, kernel, stride), _conv(channels, out_channels, relu=False))
+            self.short = nn.Sequential(
+                _depthwise(channels, kernel, stride), conv_norm(channels, out_channels, relu=False)
+            )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.long(x) + self.short(x)
@@ -119,12 +121,12 @@ class GhostNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, channels = _conv(3, 16, 3, 2), 16
+        self.stem, channels = conv_norm(3, 16, 3, 2), 16
         blocks = []
         for kernel, wide, out_channels, excited, stride in self.BLOCKS:
             blocks.append(GhostBottleneck(channels, wide, out_channels, kernel, stride, excited))
             channels = out_channels
-        self.blocks, self.last = nn.Sequential(*blocks), _conv(channels, 960)
+        self.blocks, self.last = nn.Sequential(*blocks), conv_norm(channels, 960)
         self.head, self.classifier = (
             nn.Sequential(nn.Conv2d(960, 1280, 1), nn.ReLU(inplace=True)),
             nn.Linear(1280, 1000),
@@ -147,7 +149,7 @@ class XceptionBlock(nn.Module):
             layers += [separable, nn.Conv2d(channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)]
         layers = layers if starts_with_relu else layers[1:]
         self.long = nn.Sequential(*layers, nn.MaxPool2d(3, 2, 1)) if stride == 2 else nn.Sequential(*layers)
-        self.short = _conv(widths[0], widths[-1], 1, 2, relu=False) if stride == 2 else nn.Identity()
+        self.short = conv_norm(widths[0], widths[-1], 1, 2, relu=False) if stride == 2 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.long(x) + self.short(x)
@@ -159,7 +161,7 @@ class Xception(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.Sequential(
-            *(_conv(3, 32, 3, 2), _conv(32, 64, 3)),
+            *(conv_norm(3, 32, 3, 2), conv_norm(32, 64, 3)),
             XceptionBlock([64, 128, 128], 2, starts_with_relu=False),
             *(XceptionBlock([128, 256, 256], 2), XceptionBlock([256, 728, 728], 2)),
             *(XceptionBlock(4 * [728], 1) for _ in range(8)),
@@ -167,26 +169,30 @@ class Xception(nn.Module):
         )
         ends = []
         for channels, out_channels in ((1024, 1536), (1536, 2048)):
-            ends += [_conv(channels, channels, 3, 1, channels)[0], *_conv(channels, out_channels)]
+            ends += [conv_norm(channels, channels, 3, 1, channels)[0], *conv_norm(channels, out_channels)]
         self.last, self.classifier = nn.Sequential(*ends), nn.Linear(2048, 1000)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.last(self.blocks(x)).mean((2, 3)))
 
 
-class MobileOneBlock(nn.Module):
-    """A convolution as the sum of two, one of them 1x1, and of a BN of the map where the sizes agree."""
+class Branches(nn.Module):
+    """A convolution, one with a smaller kernel, and a BN of the map where the sizes agree."""
 
-    def __init__(self, channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
+    def __init__(
+        self, channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1, small: int = 1
+    ) -> None:
         super().__init__()
-        self.conv = _conv(channels, out_channels, kernel, stride, groups, relu=False)
-        self.scale = _conv(channels, out_channels, 1, stride, groups, relu=False) if kernel > 1 else None
+        self.conv = conv_norm(channels, out_channels, kernel, stride, groups, relu=False)
+        self.small = conv_norm(channels, out_channels, small, stride, groups, relu=False) if small < kernel else None
         self.skip = nn.BatchNorm2d(channels) if stride == 1 and channels == out_channels else None
-        self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        branches = [branch for branch in (self.conv, self.scale, self.skip) if branch is not None]
-        return self.relu(sum(branch(x) for branch in branches))
+        return sum(branch(x) for branch in (self.conv, self.small, self.skip) if branch is not None)
+
+
+def mobileone_block(channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    return nn.Sequential(Branches(channels, out_channels, kernel, stride, groups), nn.ReLU(inplace=True))
 
 
 class MobileOne(nn.Module):
@@ -197,11 +203,11 @@ class MobileOne(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        blocks, channels = [MobileOneBlock(3, 64, 3, 2)], 64
+        blocks, channels = [mobileone_block(3, 64, 3, 2)], 64
         for out_channels, count in ((96, 2), (192, 8), (512, 10), (1280, 1)):
             for number in range(count):
-                blocks.append(MobileOneBlock(channels, channels, 3, 1 if number > 0 else 2, channels))
-                blocks.append(MobileOneBlock(channels, out_channels, 1))
+                blocks.append(mobileone_block(channels, channels, 3, 1 if number > 0 else 2, channels))
+                blocks.append(mobileone_block(channels, out_channels, 1))
                 channels = out_channels
         self.blocks, self.classifier = nn.Sequential(*blocks), nn.Linear(1280, 1000)
 

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn as nn
-from branches import Excitation
+from branches import Branches, Excitation, conv_norm
 
-
-def _conv(channels: int, out_channels: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    conv = nn.Conv2d(channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
+#: A convolution and its BN.
+_conv = functools.partial(conv_norm, relu=False)
 
 
 class StarBlock(nn.Module):
@@ -37,22 +37,6 @@ class StarNet(nn.Sequential):
             layers.append(_conv(widths[stage], widths[stage + 1], 3, 2))
             layers += [StarBlock(widths[stage + 1]) for _ in range(depth)]
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 1000))
-
-
-class Branches(nn.Module):
-    """A convolution, one with a smaller kernel, and a BN of the map where the sizes agree."""
-
-    def __init__(
-        self, channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1, small: int = 1
-    ) -> None:
-        super().__init__()
-        self.conv = _conv(channels, out_channels, kernel, stride, groups)
-        self.small = _conv(channels, out_channels, small, stride, groups) if small < kernel else None
-        is_same = stride == 1 and channels == out_channels
-        self.skip = nn.BatchNorm2d(channels) if is_same else None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return sum(branch(x) for branch in (self.conv, self.small, self.skip) if branch is not None)
 
 
 class MixerBlock(nn.Module):

@@ -142,11 +142,10 @@ class Convolution:
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
         conv = self.conv
         x = pad_map(x, self.pads, conv.stride[0], conv.dilation[0])
-        if self.out_channels == conv.out_channels:
-            return conv(x)
+        if self.in_channels == conv.in_channels:  # its own forward, which may pad
+            return conv(x)[..., self._filters, :, :]
         bias = None if conv.bias is None else conv.bias[self._filters]
-        groups = conv.groups if self.is_depthwise else 1
-        return F.conv2d(x, conv.weight[self._filters], bias, conv.stride, conv.padding, conv.dilation, groups)
+        return F.conv2d(x, conv.weight[self._filters], bias, conv.stride, conv.padding, conv.dilation)
 
 
 class Branch(NamedTuple):

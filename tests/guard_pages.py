@@ -26,6 +26,7 @@ from chain_layers import (
     excited_network,
     expand,
     joined_network,
+    multiplied_network,
     network,
     upsample,
     whole_network,
@@ -164,6 +165,7 @@ def check_chain(channels: int, size: int, dtype: torch.dtype) -> None:
         [depthwise_map(channels + 16, kernel, dilation=dilation)] for kernel, dilation in ((3, 2), (5, 3), (3, 18))
     ]
     joined = [joined_network(5)[:length] for length in (2, 6, 8, 12, 15)]
+    joined += [multiplied_network(5)[:length] for length in (2, 5, 7, 8, 12)]
     branching = [branching_network(width)[:length] for width in (5, 8, 12) for length in (6, 7, 9, 11, 15)]
     for part in (*parts, pair[:1], pair, *alone, excited_network(5), whole_network(5), *joined, *branching):
         x, packed, text = arguments(part, torch.randn(2, part[0].channels, size, size + 1).to(dtype))
@@ -175,6 +177,8 @@ def check_chain(channels: int, size: int, dtype: torch.dtype) -> None:
                 image = torch.from_numpy(guarded(x.permute(0, 2, 3, 1).numpy(), at_end)).permute(0, 3, 1, 2)
             packed_there = torch.from_numpy(guarded(packed.numpy(), at_end))
             assert torch.equal(_ops.chain(image, packed_there, text), expected)
+            nchw = torch.from_numpy(guarded(x.contiguous().numpy(), at_end))
+            assert torch.equal(_ops.chain(nchw, packed_there, text, False), expected)
 
 
 def main() -> None:

@@ -32,6 +32,17 @@ def assert_outputs(model, x):
             assert_as_close_to_float64(net, model, x)
 
 
+def assert_outputs_and_the_same_bits(model, x):
+    """The same, in threads and for each image by itself."""
+    with torch.no_grad():
+        for net in (fusedsep.fuse(model), fusedsep.freeze(model)):
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                assert_as_close_to_float64(net, model, x)
+                y = net(x)
+                assert torch.equal(torch.cat([net(image) for image in x.split(1)]), y)
+
+
 def view_and_transpose(x):
     """As in torchvision/models/shufflenetv2.py."""
     batch, channels, height, width = x.size()
@@ -207,15 +218,7 @@ JOINS = {
 @pytest.mark.parametrize("name", JOINS)
 def test_branches_are_one_call(name, chain_calls):
     join, channels = JOINS[name]
-    model = randomized(Branches(join, channels)).eval()
-    x = torch.randn(2, 3, 17, 20)
-    with torch.no_grad():
-        for net in (fusedsep.fuse(model), fusedsep.freeze(model)):
-            for threads in (1, 2):
-                torch.set_num_threads(threads)
-                assert_as_close_to_float64(net, model, x)
-                y = net(x)
-                assert torch.equal(torch.cat([net(image) for image in x.split(1)]), y)
+    assert_outputs_and_the_same_bits(randomized(Branches(join, channels)).eval(), torch.randn(2, 3, 17, 20))
     calls = layers_of(chain_calls)
     assert calls and all(call[0][0] == PATCHES_OF_NCHW and call[-1][0] == PIXELS for call in calls)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn as nn
+from convolutions import SameConv
 from models import BatchNormAct2d, ConvBNAct, depthwise, pointwise
 from randomize import randomized
 from test_branching_chains import assert_outputs
@@ -217,3 +218,18 @@ def test_two_filters_for_each_channel_in_float64():
     with torch.no_grad():
         for net in (fusedsep.fuse(model), fusedsep.freeze(model)):
             torch.testing.assert_close(net(x), model(x))
+
+
+def test_two_filters_for_each_channel_of_a_convolution_that_pads_itself(chain_calls):
+    """In the chain, and layer by layer where a gradient is wanted."""
+    padded = SameConv(10, 20, 5, 2, groups=10)
+    model = randomized(nn.Sequential(pointwise(4, 10), padded, nn.BatchNorm2d(20), nn.SiLU(), pointwise(20, 7))).eval()
+    expected = [*plain(PIXELS, DEPTHWISE_MAP, DEPTHWISE_MAP), (INTERLEAVED, 3), (PIXELS, -1)]
+    x = torch.randn(2, 4, 22, 23)
+    for net in (fusedsep.fuse(model), fusedsep.freeze(model)):
+        chain_calls.clear()
+        with torch.no_grad():
+            torch.testing.assert_close(net(x), model(x))
+        assert layers_of(chain_calls) == [expected]
+        torch.testing.assert_close(net(x.clone().requires_grad_()), model(x))
+        assert len(chain_calls) == 1

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from models import ConvBNAct, depthwise
 from randomize import randomized
-from test_branching_chains import Branches, assert_outputs, separable
+from test_branching_chains import Branches, assert_outputs, assert_outputs_and_the_same_bits, separable
 from test_residual_chains import assert_chains, layers_of, plain
 from zoo import assert_as_close_to_float64
 
@@ -79,14 +79,7 @@ PRODUCTS = {
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_products_are_one_call(name, chain_calls):
-    model, x = randomized(Branches(PRODUCTS[name])).eval(), torch.randn(2, 3, 17, 20)
-    with torch.no_grad():
-        for net in (fusedsep.fuse(model), fusedsep.freeze(model)):
-            for threads in (1, 2):
-                torch.set_num_threads(threads)
-                assert_as_close_to_float64(net, model, x)
-                y = net(x)
-                assert torch.equal(torch.cat([net(image) for image in x.split(1)]), y)
+    assert_outputs_and_the_same_bits(randomized(Branches(PRODUCTS[name])).eval(), torch.randn(2, 3, 17, 20))
     assert all(call[0][0] == PATCHES_OF_NCHW and call[-1][0] == PIXELS for call in layers_of(chain_calls))
     assert chain_calls and all(multiplied(chain_calls))
 

@@ -313,6 +313,7 @@ Tensor chain_as(const Tensor& x, const Tensor& packed, const std::vector<int64_t
   const ChainMap& output = chain.output();
   const bool reads_nchw = chain.layers().front().params.rows == Rows::kPatchesOfNchw;
   const std::array<int64_t, 4> in_sizes{batch, x.size(1), x.size(2), x.size(3)};
+  // What the first layer reads as it lies, be it NCHW, stays so.
   const Incoming<T> own_x(x, in_sizes, reads_nchw || is_dense(x, in_sizes, true), true);
   const ChainRunner<T> runner(kernels, chain.layers());
   const int64_t threads = torch::stable::get_num_threads();

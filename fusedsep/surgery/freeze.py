@@ -54,9 +54,10 @@ def freeze(model: nn.Module) -> nn.Module:
     Equivalent to ``copy.deepcopy(model).eval().requires_grad_(False)``, with each site of :func:`fusedsep.fuse` as one
     module of constants. Layers whose maps nobody else reads run as one call: convolutions, sites, what joins their
     branches, global average pool and classifier. A BN in such a call is folded into the convolution in front of it,
-    and leaves its activation or ``nn.Identity`` in its place. The merged modules are dropped, so the copy's
-    ``state_dict`` is its own. What has a hook, and what something else uses too, stays as it is: a site is fused but
-    not folded, a BN remains.
+    and leaves its activation or ``nn.Identity`` in its place, if the forward of ``model`` itself can be traced; it
+    remains where Python that cannot be might call one without the other, and is folded while weights are packed. The
+    merged modules are dropped, so the copy's ``state_dict`` is its own. What has a hook, and what something else uses
+    too, stays as it is: a site is fused but not folded, a BN remains.
 
     Args:
         model: any module, fused or not; it is not changed.

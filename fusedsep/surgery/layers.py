@@ -110,8 +110,8 @@ class Layers(Flow):
         modules = self._modules_of(tail.nodes)
         channels, size = conv.in_channels // conv.groups, conv.out_channels // conv.groups
         whole = Convolution(conv, tail.bn, tail.activation, modules, NO_PADS, own, tail.carried)
-        filters = [range(begin, begin + size) for begin in range(0, conv.out_channels, size)]
-        elements = [whole.with_filters(channels, own) for own in filters]
+        first = range(0, conv.out_channels, size)
+        elements = [whole.with_filters(channels, range(begin, begin + size)) for begin in first]
         parts = []
         for group, element in enumerate(elements):
             part = Part(read.map, read.begin + group * channels, channels)
@@ -277,8 +277,7 @@ class Layers(Flow):
         halves = []
         for first in (0, 1):
             half = element.with_filters(read.channels, range(first, element.out_channels, 2))
-            make = lambda frozen, half=half: half  # noqa: E731
-            halves.append(self._add_step(make, [], read, half.out_channels))
+            halves.append(self._add_step(lambda frozen, half=half: half, [], read, half.out_channels))
         self._combine(*halves, nodes, interleaved=True)
 
     def _read_convolution(
